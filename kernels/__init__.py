@@ -1,0 +1,1 @@
+"""Kernels of the cut cross-entropy. This package imports nothing of the project outside itself."""

@@ -1,0 +1,106 @@
+"""What every kernel is handed and what it returns.
+
+A kernel module (`reference`, `tiled`, `triton`) exposes
+
+    partial(problem) -> Partials                                       one sweep over the vocabulary
+    forward(problem) -> Stats                                          partial + finish
+    backward(problem, lse, grads, needs) -> Grads                      recomputes the logits tile by tile
+    forward_backward(problem, grads, needs) -> (Stats, Grads)          both while each tile is at hand
+
+The maths, for row i with logits z_i = epilogue(W h_i + b) and target t_i (Cut Cross-Entropy, arXiv 2411.09009, section 3):
+
+    lse_i    = log sum_c exp(z_ic)
+    nll_i    = lse_i - z_{i,t_i}                   = -log p_i[t_i]
+    smooth_i = sum_c w_c (lse_i - z_ic)            (w = class_weight, or ones)
+
+    dz_ic    = p_ic (g_nll + g_lse + g_smooth sum(w)) - g_nll [c = t_i] - g_smooth w_c
+
+from which dW, dh and db follow by the epilogue's derivative and the two GEMMs. Reductions, label smoothing, class
+weights and z-loss are all sums of these three per-row quantities, formed outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to `hidden @ weight.T + bias` before the softmax, in this order.
+
+    z = post_scale * cap(scale * (h W^T + b)),  cap(x) = softcap * tanh(x / softcap), or x where softcap is None.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+    post_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The columns [start, start + weight.shape[0]) of a vocabulary of `total` classes, in vocabulary parallelism."""
+
+    start: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One language-model head with its targets. N rows, hidden size D, V classes (of this shard)."""
+
+    hidden: Tensor  # (N, D) float; any strides
+    weight: Tensor  # (V, D) float, dtype of hidden; any strides
+    bias: Tensor | None  # (V,) dtype of hidden
+    target: Tensor  # (N,) int64, classes in [0, V) or ignore_index
+    epilogue: Epilogue = field(default_factory=Epilogue)
+    ignore_index: int | None = -100  # rows with this target have nll = smooth = 0, and no gradient
+    skip_ignored: bool = True  # ignored rows are not computed at all: their lse is 0 too, and has no gradient
+    smooth: bool = False  # whether smooth_i is wanted
+    class_weight: Tensor | None = None  # (V,) weights of smooth_i; None is ones
+    shard: Shard | None = None  # this rank's part of the vocabulary; None is all of it
+    workspace: int | None = None  # bytes a kernel may hold beyond its outputs; None is the kernel's default
+    filter_eps: float | None = None  # None is exact
+
+
+class Partials(NamedTuple):
+    """Per-row sums over one vocabulary shard; float32, or float64 for float64 inputs. Rows not computed hold 0."""
+
+    max: Tensor  # (N,) max_c z_c
+    sumexp: Tensor  # (N,) sum_c exp(z_c - max)
+    target_logit: Tensor  # (N,) z_t, or 0 where the target is ignored or in another shard
+    smooth: Tensor  # (N,) sum_c w_c z_c, or (0,) where Problem.smooth is False
+
+
+class Stats(NamedTuple):
+    """Per-row results; float32, or float64 for float64 inputs."""
+
+    nll: Tensor  # (N,)
+    lse: Tensor  # (N,)
+    smooth: Tensor  # (N,), or (0,) where Problem.smooth is False
+
+
+class RowGrads(NamedTuple):
+    """The loss's gradient with respect to Stats, row by row, in Stats' dtype; None is zero."""
+
+    nll: Tensor  # (N,)
+    lse: Tensor | None = None  # (N,)
+    smooth: Tensor | None = None  # (N,)
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool = True
+    weight: bool = True
+    bias: bool = True
+
+
+class Grads(NamedTuple):
+    """Gradients in the dtype of the inputs; None where not wanted."""
+
+    hidden: Tensor | None  # (N, D)
+    weight: Tensor | None  # (V, D), contiguous
+    bias: Tensor | None  # (V,)
