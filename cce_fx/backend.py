@@ -1,0 +1,90 @@
+"""`backend="cce"`: rewrite the captured graph, hand it to the inner backend, and wrap what it returns.
+
+torch finds this function through the entry-point group `torch_dynamo_backends`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from . import observe
+from .options import Options, split
+from .outputs import CutOutputs, cut_outputs, restore
+from .passes import fakes
+from .passes.pipeline import apply
+
+log = logging.getLogger("cce_fx")
+
+Compiled = Callable[..., Any]
+
+
+def cce(
+    gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
+) -> Compiled:
+    """Compile a Dynamo graph with its language-model losses cut.
+
+    Args:
+        gm: the captured graph, rewritten in place.
+        example_inputs: its inputs, fake or real.
+        mode, options: as `torch.compile` takes them; `cce_fx.Options` are taken out, the rest is inductor's.
+
+    Raises:
+        ValueError, TypeError: an option that is unknown or wrong.
+        RuntimeError: with `strict`, when a graph has losses and none could be rewritten.
+    """
+    ours, rest = split(options)
+    fakes.ensure(gm, example_inputs)
+    report, found = apply(gm, ours.policy)
+    cut = CutOutputs()
+    if ours.logits == "lazy" and report.rewritten:
+        cut = cut_outputs(gm, found)
+        report.note_lazy({output.linear for output in cut.lazy})
+    observe.record(gm, report)
+    if ours.strict and report.declined and not report.rewritten:
+        raise RuntimeError(f"strict: no loss of this graph was rewritten.\n{report}")
+    compiled = _inner(ours, mode, rest)(gm, example_inputs)
+    return restore(compiled, cut) if cut.lazy else compiled
+
+
+def _inner(options: Options, mode: str | None, rest: dict[str, Any]) -> Compiled:
+    """The backend that compiles the rewritten graph."""
+    if callable(options.inner):
+        return options.inner
+    if options.inner == "inductor":
+        return _inductor(mode, rest)
+    from torch._dynamo.backends.registry import lookup_backend
+
+    inner = lookup_backend(options.inner)
+    kwargs = {"mode": mode} if mode else {}
+    return lambda gm, inputs: inner(gm, inputs, **kwargs)
+
+
+def _inductor(mode: str | None, rest: dict[str, Any]) -> Compiled:
+    """Inductor with `mode=` and `options=` meaning what they mean for `backend="inductor"`."""
+    wrapper = torch._TorchCompileInductorWrapper(mode, rest, None)
+
+    def compile_with_inductor(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            return wrapper(gm, inputs)
+        except InvalidCxxCompiler as error:
+            raise RuntimeError(_NO_COMPILER) from error
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            if isinstance(error.inner_exception, InvalidCxxCompiler):
+                raise RuntimeError(_NO_COMPILER) from error
+            raise
+
+    return compile_with_inductor
+
+
+_NO_COMPILER = (
+    "inductor needs a C++ compiler and found none. Install one (Debian and Ubuntu: apt-get install g++; Fedora: dnf "
+    "install gcc-c++; macOS: xcode-select --install) or name it in the environment variable CXX. To run without one, "
+    'pass options={"inner": "aot_eager"}: the losses are still cut, the rest of the model is not fused.'
+)

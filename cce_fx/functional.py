@@ -1,0 +1,199 @@
+"""Losses out of the operators: the same arithmetic for tensors and for the nodes of a graph under construction.
+
+`linear_cross_entropy` is the public function; `site_loss` is the arithmetic itself, which `cce_fx.passes` also runs on
+`torch.fx.Proxy` values to write a loss into a graph. It therefore branches on Python values only, never on tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from .op import statistics_dtype  # importing it registers the operators
+from .kernels.spec import Epilogue, Needs
+
+Reduction = Literal["mean", "sum", "none"]
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """The arguments of `F.cross_entropy` that are Python values, and those of the head before it."""
+
+    reduction: Reduction = "mean"
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    epilogue: Epilogue = Epilogue()
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {self.reduction!r}")
+        if not 0.0 <= self.label_smoothing <= 1.0:
+            raise ValueError(f"label_smoothing is within [0, 1], not {self.label_smoothing}")
+        if self.epilogue.softcap is not None and not self.epilogue.softcap > 0:
+            raise ValueError(f"softcap is positive, not {self.epilogue.softcap}")
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """How to compute it, as against what."""
+
+    needs: Needs | None = None  # gradients to make in the forward; None is the per-token operator
+    autocast: bool = True
+    workspace: int | None = None
+    filter_eps: float | None = None
+
+
+def head_args(loss: LossSpec, kernel: KernelSpec, *, skip_ignored: bool, smooth: bool) -> tuple[Any, ...]:
+    """The operators' arguments from `ignore_index` on."""
+    e = loss.epilogue
+    return (
+        loss.ignore_index,
+        skip_ignored,
+        smooth,
+        float(e.scale),
+        e.softcap,
+        float(e.post_scale),
+        kernel.autocast,
+        kernel.workspace,
+        kernel.filter_eps,
+    )
+
+
+def site_loss(
+    hidden: Any,  # (N, D)
+    weight: Any,  # (V, D)
+    bias: Any,  # (V,) or None
+    target: Any,  # (N,) int64
+    class_weight: Any,  # (V,) or None
+    classes: Any,  # V
+    dtype: torch.dtype,  # of the statistics
+    loss: LossSpec,
+    kernel: KernelSpec,
+) -> Any:
+    """The loss, () or (N,) in `dtype`, of tensors or of `torch.fx.Proxy` values.
+
+    Normalisation is `F.cross_entropy`'s: a mean divides by the sum of the targets' class weights over the rows not
+    ignored, for the smoothed part too; with every row ignored it is NaN, and the gradients are zero because a kernel
+    leaves ignored rows alone whatever their weight.
+    """
+    smoothing = loss.label_smoothing
+    smooth = smoothing > 0
+    valid = target != loss.ignore_index
+    if class_weight is None:
+        row_weight = valid.to(dtype)
+    else:
+        row_weight = class_weight.to(dtype)[torch.where(valid, target, 0)] * valid
+    w_nll = row_weight * (1 - smoothing) if smooth else row_weight
+    w_smooth = valid * (smoothing / classes) if smooth else None
+    if loss.reduction == "mean":
+        denominator = row_weight.sum()
+        w_nll = w_nll / denominator
+        w_smooth = w_smooth / denominator if smooth else None
+    if smooth:
+        w_smooth = w_smooth.to(dtype)
+    head = head_args(loss, kernel, skip_ignored=True, smooth=smooth)
+    smooth_class_weight = class_weight.to(dtype) if smooth and class_weight is not None else None
+    values = (hidden, weight, bias, target, smooth_class_weight, *head)
+    if kernel.needs is not None and loss.reduction != "none":
+        return torch.ops.cce.linear_cross_entropy_with_grads.default(*values, w_nll, None, w_smooth, *kernel.needs)[0]
+    nll, _, smooth_nll = _unpack(torch.ops.cce.linear_cross_entropy.default(*values))
+    # `w_nll` may be NaN (0 / 0) on ignored rows, whose nll is 0: the product is eager's NaN.
+    rows = w_nll * nll
+    if smooth:
+        rows = rows + w_smooth * smooth_nll
+    return rows if loss.reduction == "none" else rows.sum()
+
+
+def _unpack(stats: Any) -> tuple[Any, Any, Any]:
+    return stats[0], stats[1], stats[2]
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    reduction: Reduction = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    post_scale: float = 1.0,
+    strategy: Literal["auto", "grads_in_forward", "recompute"] = "auto",
+    workspace: int | None = None,
+    filter_eps: float | None = None,
+) -> Tensor:
+    """`F.cross_entropy(post_scale * cap(scale * F.linear(hidden, weight, bias)), target)` without the logits.
+
+    Args:
+        hidden: (..., D) floating.
+        weight: (V, D), the dtype of hidden. Under autocast hidden, weight and bias are cast as `F.linear` casts them.
+        target: (...) int64 class indices in [0, V), or ignore_index.
+        bias: (V,), optional.
+        class_weight: (V,) rescaling weight of each class (`weight` of `F.cross_entropy`), optional; has no gradient.
+        reduction: "mean" (over the rows not ignored, weighted by their class weights), "sum" or "none".
+        ignore_index: rows with this target have loss 0 and no gradient.
+        label_smoothing: in [0, 1].
+        scale, softcap, post_scale: cap(x) = softcap * tanh(x / softcap), or x where softcap is None.
+        strategy: "grads_in_forward" makes the gradients while the tiles of logits are at hand (scalar reductions);
+            "recompute" makes the tiles again in the backward; "auto" chooses.
+        workspace: bytes the kernel may hold beyond its results; None is the kernel's default.
+        filter_eps: None is exact; otherwise a bound on the probability mass dropped per row in the backward.
+
+    Returns:
+        float32 (float64 for float64 inputs): () for "mean" and "sum", the shape of target for "none".
+
+    Raises:
+        ValueError: shapes that do not fit, or an argument outside its range.
+        TypeError: dtypes that do not fit.
+        IndexError: a target outside [0, V) that is not ignore_index (on CPU).
+
+    Source: Cut Cross-Entropy, arXiv 2411.09009. `F.linear_cross_entropy` of torch 2.13 names the same arguments
+    `input, linear_weight, target, linear_bias, weight`.
+    """
+    _check_arguments(hidden, weight, target, class_weight)
+    loss = LossSpec(reduction, ignore_index, label_smoothing, Epilogue(scale, softcap, post_scale))
+    low = hidden.dtype
+    if torch.is_autocast_enabled(hidden.device.type) and low != torch.float64:
+        low = torch.get_autocast_dtype(hidden.device.type)
+    needs = None
+    if strategy not in ("auto", "grads_in_forward", "recompute"):
+        raise ValueError(f"strategy is 'auto', 'grads_in_forward' or 'recompute', not {strategy!r}")
+    if torch.is_grad_enabled() and makes_grads_in_forward(strategy, reduction, low):
+        found = Needs(*(t is not None and t.requires_grad for t in (hidden, weight, bias)))
+        needs = found if any(found) else None
+    kernel = KernelSpec(needs, autocast=True, workspace=workspace, filter_eps=filter_eps)
+    rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
+    dtype = statistics_dtype(hidden.dtype)
+    out = site_loss(rows, weight, bias, target.reshape(-1), class_weight, weight.shape[0], dtype, loss, kernel)
+    return out.view(target.shape) if reduction == "none" else out
+
+
+def makes_grads_in_forward(strategy: str, reduction: str, dtype: torch.dtype) -> bool:
+    """Whether a training loss uses the with-grads operator.
+
+    Not in float16: gradients made before the loss scale is known would underflow.
+    """
+    if reduction == "none" or strategy == "recompute":
+        return False
+    return strategy == "grads_in_forward" or dtype != torch.float16
+
+
+def _check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None) -> None:
+    if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden is (..., D) and weight (V, D), not {tuple(hidden.shape)} and {tuple(weight.shape)}"
+        )
+    if target.shape != hidden.shape[:-1]:
+        raise ValueError(f"target has the shape of hidden without D, {tuple(hidden.shape[:-1])}, not {tuple(target.shape)}")
+    if class_weight is not None and class_weight.requires_grad:
+        raise ValueError("class_weight has no gradient, here as in F.cross_entropy; pass it detached")
+
+
+__all__ = ["KernelSpec", "LossSpec", "linear_cross_entropy", "site_loss"]

@@ -1,0 +1,24 @@
+"""How a rewrite shows: torch's counters, its structured trace and the logger `cce_fx`."""
+
+from __future__ import annotations
+
+from torch._dynamo.utils import counters
+from torch._logging import trace_structured
+from torch.fx import GraphModule
+
+from .passes import Report
+
+
+def record(gm: GraphModule, report: Report) -> None:
+    """Count rewrites and declines, and leave the rewritten graph and the report as artifacts for tlparse."""
+    counters["cce_fx"]["rewritten"] += len(report.rewritten)
+    for declined in report.declined:
+        counters["cce_fx"][f"declined_{declined.reason.lower()}"] += 1
+    if not report.rewritten and not report.declined:
+        return
+    for name, payload in (
+        ("cce_fx_report", lambda: str(report)),
+        ("cce_fx_graph", lambda: gm.print_readable(print_output=False)),
+    ):
+        metadata = {"name": name, "encoding": "string"}
+        trace_structured("artifact", metadata_fn=lambda metadata=metadata: metadata, payload_fn=payload)

@@ -1,0 +1,280 @@
+"""The torch.library operators `cce::*`: schema, device dispatch, fake, autograd and autocast.
+
+Two differentiable operators stand for a language-model head with its loss:
+
+`cce::linear_cross_entropy`
+    per-token statistics (nll, lse, smooth). Saves hidden, weight and lse; the backward recomputes the logits tile by
+    tile (8NDV flop in all). Right for every use of the statistics.
+`cce::linear_cross_entropy_with_grads`
+    a weighted sum of those statistics, whose weights are known beforehand. The gradients are made in the forward, while
+    each tile of logits is at hand, and the backward only scales them (6NDV flop). Right for scalar training losses.
+
+Everything else (reductions, class weights, label smoothing, z-loss) is ordinary arithmetic on N-sized tensors around
+them: see `cce_fx.functional`. Source: Cut Cross-Entropy, arXiv 2411.09009; the maths is in `kernels/spec.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .kernels.spec import Epilogue, Grads, Needs, Problem, RowGrads
+
+# The arguments that describe the head, in the order of every operator's schema.
+_HEAD = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, int? ignore_index, "
+    "bool skip_ignored, bool smooth, float scale, float? softcap, float post_scale, bool autocast, int? workspace, "
+    "float? filter_eps"
+)
+_HEAD_ARGS = _HEAD.count(",") + 1
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of nll, lse and smooth for a head of `dtype`: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _kernel(device: torch.device) -> ModuleType:
+    name = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "tiled"
+    return importlib.import_module(f".kernels.{name}", __package__)
+
+
+def _problem(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    class_weight: Tensor | None,
+    ignore_index: int | None,
+    skip_ignored: bool,
+    smooth: bool,
+    scale: float,
+    softcap: float | None,
+    post_scale: float,
+    autocast: bool,
+    workspace: int | None,
+    filter_eps: float | None,
+) -> Problem:
+    return Problem(
+        hidden=hidden,
+        weight=weight,
+        bias=bias,
+        target=target,
+        epilogue=Epilogue(scale, softcap, post_scale),
+        ignore_index=ignore_index,
+        skip_ignored=skip_ignored,
+        smooth=smooth,
+        class_weight=class_weight,
+        workspace=workspace,
+        filter_eps=filter_eps,
+    )
+
+
+def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None) -> None:
+    """Raise on what no kernel accepts; shapes may be symbolic."""
+    if hidden.dim() != 2 or weight.dim() != 2 or target.dim() != 1:
+        raise ValueError(
+            "cce::linear_cross_entropy takes hidden (N, D), weight (V, D) and target (N,), not "
+            f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(target.shape)}"
+        )
+    torch._check(hidden.shape[1] == weight.shape[1], lambda: f"hidden size {hidden.shape[1]} is not {weight.shape[1]}")
+    torch._check(hidden.shape[0] == target.shape[0], lambda: f"{hidden.shape[0]} rows, {target.shape[0]} targets")
+    if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES or (bias is not None and bias.dtype != hidden.dtype):
+        dtypes = [t.dtype for t in (hidden, weight, bias) if t is not None]
+        raise TypeError(f"hidden, weight and bias must share one floating dtype, not {dtypes}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices, not {target.dtype}")
+    for name, t in (("bias", bias), ("class_weight", class_weight)):
+        if t is not None:
+            if t.dim() != 1:
+                raise ValueError(f"{name} must be one-dimensional, not {tuple(t.shape)}")
+            torch._check(t.shape[0] == weight.shape[0], lambda: f"{name} does not have one entry per class")
+
+
+def _some(grads: Grads, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Operators return tensors: an unwanted gradient is an empty one."""
+    h, w, b = (hidden.new_empty(0) if g is None else g for g in grads)
+    return h, w, b
+
+
+def _fake_stats(hidden: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = hidden.shape[0], statistics_dtype(hidden.dtype)
+    nll, lse = (hidden.new_empty(rows, dtype=dtype) for _ in range(2))
+    return nll, lse, hidden.new_empty(rows if smooth else 0, dtype=dtype)
+
+
+def _fake_grads(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool, need_bias: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    empty = 0
+    return (
+        hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(empty),
+        weight.new_empty(weight.shape) if need_weight else weight.new_empty(empty),
+        bias.new_empty(bias.shape) if need_bias and bias is not None else hidden.new_empty(empty),
+    )
+
+
+# --- per-token statistics -------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cce::linear_cross_entropy", mutates_args=(), schema=f"({_HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth)"
+)
+def linear_cross_entropy(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+    """Per-token statistics of hidden (N, D) @ weight.T (D, V): nll (N,), lse (N,), smooth (N,) or (0,).
+
+    dtypes: float32 (float64 for float64 inputs). Raises ValueError on shapes, TypeError on dtypes, IndexError on a
+    target outside [0, V) that is not ignore_index.
+    """
+    _check(hidden, weight, bias, target, class_weight)
+    problem = _problem(hidden, weight, bias, target, class_weight, *rest)
+    return tuple(_kernel(hidden.device).forward(problem))
+
+
+@linear_cross_entropy.register_fake
+def _(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+    _check(hidden, weight, bias, target, class_weight)
+    return _fake_stats(hidden, rest[2])
+
+
+@torch.library.custom_op(
+    "cce::linear_cross_entropy_backward",
+    mutates_args=(),
+    schema=(
+        f"({_HEAD}, Tensor lse, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_smooth, bool need_hidden, "
+        "bool need_weight, bool need_bias) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)"
+    ),
+)
+def linear_cross_entropy_backward(*args):  # type: ignore[no-untyped-def]
+    """Gradients of `cce::linear_cross_entropy`; one that is not needed comes back empty."""
+    problem = _problem(*args[:_HEAD_ARGS])
+    lse, grad_nll, grad_lse, grad_smooth, *needs = args[_HEAD_ARGS:]
+    rows = RowGrads(torch.zeros_like(lse) if grad_nll is None else grad_nll, grad_lse, grad_smooth)
+    return _some(_kernel(lse.device).backward(problem, lse, rows, Needs(*needs)), problem.hidden)
+
+
+@linear_cross_entropy_backward.register_fake
+def _(*args):  # type: ignore[no-untyped-def]
+    return _fake_grads(*args[:3], *args[-3:])
+
+
+def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, target, class_weight, *ctx.rest = inputs
+    ctx.save_for_backward(hidden, weight, bias, target, class_weight, output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _stats_backward(
+    ctx: Any, grad_nll: Tensor | None, grad_lse: Tensor | None, grad_smooth: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, target, class_weight, lse = ctx.saved_tensors
+    needs = tuple(bool(n) for n in ctx.needs_input_grad[:3])
+    if not ctx.rest[2]:
+        grad_smooth = None
+    grads = torch.ops.cce.linear_cross_entropy_backward(
+        hidden, weight, bias, target, class_weight, *ctx.rest, lse, grad_nll, grad_lse, grad_smooth, *needs
+    )
+    return _wanted(grads, needs) + (None,) * (_HEAD_ARGS - 3)
+
+
+def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+linear_cross_entropy.register_autograd(_stats_backward, setup_context=_stats_setup)
+
+
+# --- weighted sum with gradients in the forward -----------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cce::linear_cross_entropy_with_grads",
+    mutates_args=(),
+    schema=(
+        f"({_HEAD}, Tensor weight_nll, Tensor? weight_lse, Tensor? weight_smooth, bool need_hidden, bool need_weight, "
+        "bool need_bias) -> (Tensor total, Tensor nll, Tensor lse, Tensor smooth, Tensor d_hidden, Tensor d_weight, "
+        "Tensor d_bias)"
+    ),
+)
+def linear_cross_entropy_with_grads(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+    """total = sum(weight_nll * nll) + sum(weight_lse * lse) + sum(weight_smooth * smooth), and its gradients.
+
+    The row weights are (N,) in the statistics' dtype and constants: no gradient flows into them. Only `total` () is
+    differentiable; differentiating twice raises.
+    """
+    _check(hidden, weight, bias, target, class_weight)
+    head, (w_nll, w_lse, w_smooth, *needs) = rest[: _HEAD_ARGS - 5], rest[_HEAD_ARGS - 5 :]
+    problem = _problem(hidden, weight, bias, target, class_weight, *head)
+    weights = RowGrads(w_nll, w_lse, w_smooth)
+    stats, grads = _kernel(hidden.device).forward_backward(problem, weights, Needs(*needs))
+    total = torch.dot(w_nll, stats.nll)
+    if w_lse is not None:
+        total = total + torch.dot(w_lse, stats.lse)
+    if w_smooth is not None:
+        total = total + torch.dot(w_smooth, stats.smooth)
+    return (total, *stats, *_some(grads, hidden))
+
+
+@linear_cross_entropy_with_grads.register_fake
+def _(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+    _check(hidden, weight, bias, target, class_weight)
+    total = hidden.new_empty((), dtype=statistics_dtype(hidden.dtype))
+    return (total, *_fake_stats(hidden, rest[2]), *_fake_grads(hidden, weight, bias, *rest[-3:]))
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.needs = tuple(bool(n) for n in inputs[-3:])
+    ctx.save_for_backward(*output[4:])
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+@torch.autograd.function.once_differentiable
+def _sum_backward(ctx: Any, grad_total: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
+    tail = (None,) * (_HEAD_ARGS - 3 + 6)
+    if grad_total is None:
+        return (None, None, None, *tail)
+    made = [need and wanted for need, wanted in zip(ctx.needs, ctx.needs_input_grad, strict=False)]
+    # In float32 before the one rounding: grad_total may carry a loss scale that float16 cannot hold.
+    grads = tuple(g * grad_total.to(g.dtype) if m else g for g, m in zip(ctx.saved_tensors, made, strict=True))
+    return (*_wanted(grads, tuple(made)), *tail)
+
+
+linear_cross_entropy_with_grads.register_autograd(_sum_backward, setup_context=_sum_setup)
+
+
+# --- autocast -----------------------------------------------------------------------------------------------------------
+
+
+def _register_autocast(op: torch._ops.OpOverload, device_type: str) -> None:
+    """As F.linear: hidden, weight and bias go to autocast's dtype, and nothing else does.
+
+    `torch.library.register_autocast` casts every floating argument, row and class weights among them, to a dtype fixed
+    at registration, so the rule is written out. A caller that has already settled the dtypes passes autocast=False.
+    """
+    key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device_type))
+    where = [a.name for a in op._schema.arguments].index("autocast")
+
+    def rule(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            if rest[where - 3] and hidden.dtype != torch.float64:
+                dtype = torch.get_autocast_dtype(device_type)
+                hidden, weight = hidden.to(dtype), weight.to(dtype)
+                bias = None if bias is None else bias.to(dtype)
+            return op(hidden, weight, bias, *rest)
+
+    _LIBRARY.impl(op._schema.name.split("::")[1], rule, key.name)
+
+
+_LIBRARY = torch.library.Library("cce", "FRAGMENT")
+for _device in ("cpu", "cuda", "xpu"):
+    for _op in (
+        torch.ops.cce.linear_cross_entropy.default,
+        torch.ops.cce.linear_cross_entropy_with_grads.default,
+    ):
+        _register_autocast(_op, _device)

@@ -1,0 +1,106 @@
+"""The options of `torch.compile(model, backend="cce", options={...})`."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from .passes.decide import Policy
+
+_CHOICES = {
+    "logits": ("lazy", "keep"),
+    "strategy": ("auto", "grads_in_forward", "recompute"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the backend does beside inductor's own options, which pass through.
+
+    Attributes:
+        logits: "lazy" hands out `LazyLogits` for logits that the program returns and that nothing else in the graph
+            reads; "keep" computes them as before.
+        filter_eps: None is exact; otherwise a bound on the probability mass dropped per row in the backward.
+        strategy: "grads_in_forward", "recompute", or "auto".
+        workspace: bytes that a kernel may hold beyond its results; None is the kernel's default.
+        inner: the backend that compiles the rewritten graph: "inductor", any other name that `torch.compile` knows,
+            or a callable `(gm, example_inputs) -> callable`.
+        strict: raise if a graph holds a loss and none of its losses was rewritten.
+        min_vocab: heads with fewer classes are left alone; None is max(hidden size, 32) + 1, 0 is never.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or outside its choices.
+    """
+
+    logits: Literal["lazy", "keep"] = "lazy"
+    filter_eps: float | None = None
+    strategy: Literal["auto", "grads_in_forward", "recompute"] = "auto"
+    workspace: int | None = None
+    inner: str | Callable[..., Any] = "inductor"
+    strict: bool = False
+    min_vocab: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in choices:
+                raise ValueError(f"option {name!r} is one of {', '.join(map(repr, choices))}, not {value!r}{_hint(value, choices)}")
+        _expect("workspace", self.workspace, "a positive number of bytes or None", _is_count(self.workspace, 1))
+        _expect("min_vocab", self.min_vocab, "a number of classes or None", _is_count(self.min_vocab, 0))
+        number = isinstance(self.filter_eps, (int, float)) and not isinstance(self.filter_eps, bool)
+        good = self.filter_eps is None or (number and 0 <= self.filter_eps < 1)
+        _expect("filter_eps", self.filter_eps, "None or a probability in [0, 1)", good)
+        _expect("strict", self.strict, "True or False", isinstance(self.strict, bool))
+        good = callable(self.inner) or isinstance(self.inner, str)
+        _expect("inner", self.inner, "a backend's name or a callable (gm, example_inputs) -> callable", good)
+        if self.inner == "cce":
+            raise ValueError("option 'inner' is the backend that compiles after cce; it cannot be 'cce' itself")
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(self.strategy, self.min_vocab, self.workspace, self.filter_eps)
+
+
+def split(options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
+    """Our options, and those that go on to inductor.
+
+    Raises:
+        ValueError: a name that neither knows, with the nearest that one of them does.
+    """
+    given = dict(options or {})
+    names = [f.name for f in fields(Options)]
+    ours = Options(**{name: given.pop(name) for name in names if name in given})
+    if given and ours.inner == "inductor":
+        import torch._inductor.config as inductor
+
+        known = inductor.get_config_copy()
+        for name in given:
+            if name.replace("-", "_") not in known:
+                raise ValueError(
+                    f"unknown option {name!r}{_hint(name, [*names, *known])}; "
+                    f"cce's options are {', '.join(names)}, and inductor's go on to inductor"
+                )
+    elif given:
+        name = next(iter(given))
+        raise ValueError(
+            f"unknown option {name!r}{_hint(name, names)}; cce's options are {', '.join(names)}, "
+            f"and with inner={ours.inner!r} no others have a meaning"
+        )
+    return ours, given
+
+
+def _hint(value: Any, choices: Any) -> str:
+    close = difflib.get_close_matches(str(value), [str(c) for c in choices], 1, 0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _is_count(value: Any, least: int) -> bool:
+    return value is None or (isinstance(value, int) and not isinstance(value, bool) and value >= least)
+
+
+def _expect(name: str, value: Any, what: str, good: bool) -> None:
+    if not good:
+        kind = ValueError if isinstance(value, (int, float)) and not isinstance(value, bool) else TypeError
+        raise kind(f"option {name!r} is {what}, not {value!r}")

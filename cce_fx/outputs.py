@@ -1,0 +1,157 @@
+"""Logits that a graph returns: cut out of the graph, and given back as `LazyLogits` after each call.
+
+The head chain (from hidden to the returned tensor) moves into a small graph of its own. The compiled graph returns hidden
+in the logits' place, and whatever else the chain needs and the graph computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from .lazy import HeadChain, LazyLogits
+from .passes.canonical import canonical
+from .passes.rewrite import erase_unused
+from .passes.trace import Trace
+from .passes.values import LogitsView, value_of
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a chain's input is found at run time."""
+
+    kind: str  # "input" or "output" of the compiled graph
+    index: int
+
+
+@dataclass(frozen=True)
+class LazyOutput:
+    """One returned tensor to be replaced."""
+
+    index: int  # among the graph's outputs
+    linear: str  # node name
+    chain: GraphModule  # (hidden, *inputs) -> logits
+    hidden: Source
+    inputs: tuple[Source, ...]
+
+
+@dataclass(frozen=True)
+class CutOutputs:
+    """What to put back after each call, and how many results the caller expects."""
+
+    lazy: tuple[LazyOutput, ...] = ()
+    results: int = 0
+
+
+def cut_outputs(gm: GraphModule, found: Trace) -> CutOutputs:
+    """Take the head chains that only the output reads out of the graph, in place."""
+    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    results = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else None
+    if results is None:
+        return CutOutputs()
+    wanted = [(i, n) for i, n in enumerate(results) if isinstance(n, Node) and _is_cuttable(n, output, found)]
+    if not wanted:
+        return CutOutputs()
+    inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    made = []
+    total = len(results)
+    for index, node in wanted:
+        view = found.views[node]
+        chain, outer = _chain(node, view)
+        sources = []
+        for at, needed in enumerate((view.hidden.node, *outer)):
+            if needed in inputs:
+                sources.append(Source("input", inputs.index(needed)))
+                continue
+            if needed not in results:
+                # hidden takes the logits' own place; anything else goes to the end.
+                if at == 0:
+                    results[index] = needed
+                else:
+                    results.append(needed)
+            sources.append(Source("output", results.index(needed)))
+        if results[index] is node:
+            results[index] = None
+        made.append(LazyOutput(index, view.linear.name, chain, sources[0], tuple(sources[1:])))
+    output.args = (tuple(results),)
+    if "example_value" in output.meta:
+        output.meta["example_value"] = tuple(value_of(r) for r in results)
+    for _, node in wanted:
+        erase_unused(gm.graph, list(reversed(found.views[node].path)))
+    gm.graph.lint()
+    gm.recompile()
+    return CutOutputs(tuple(made), total)
+
+
+def _is_cuttable(node: Node, output: Node, found: Trace) -> bool:
+    """Whether a returned node is a head's logits that, but for the output, nothing reads."""
+    view = found.views.get(node)
+    if view is None or view.log or node is view.hidden.node:
+        return False
+    return all(_only_output(n, output, found) for n in view.path)
+
+
+def _only_output(node: Node, output: Node, found: Trace) -> bool:
+    return all(u is output or (u in found.views and _only_output(u, output, found)) for u in node.users)
+
+
+def _chain(node: Node, view: LogitsView) -> tuple[GraphModule, list[Node]]:
+    """The graph from hidden to `node`, and the nodes outside that it takes beside hidden.
+
+    A weight that the graph itself computes from parameters (a cast, a scale) is computed again inside the chain, so
+    that no second weight is kept alive for it.
+    """
+    graph = Graph()
+    hidden = view.hidden.node
+    copies: dict[Node, Node] = {hidden: graph.placeholder("hidden")}
+    outer: list[Node] = []
+
+    def copy(n: Node) -> Node:
+        if n not in copies:
+            if n in view.path or _is_cheap(n):
+                copies[n] = graph.node_copy(n, copy)
+            else:
+                outer.append(n)
+                copies[n] = graph.placeholder(f"arg{len(outer)}")
+        return copies[n]
+
+    graph.output(copy(node))
+    # Placeholders stand first in a graph.
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    for placeholder in [n for n in graph.nodes if n.op == "placeholder"]:
+        first.prepend(placeholder)
+    return GraphModule(torch.nn.Module(), graph), outer
+
+
+# A cast or a view of a parameter: computed again by the chain, so that no copy of the weight is kept alive for it.
+_CHEAP = {"to", "float", "half", "bfloat16", "t", "transpose", "permute", "view", "reshape", "contiguous", "detach"}
+
+
+def _is_cheap(node: Node) -> bool:
+    while node.op in ("call_function", "call_method") and canonical(node) in _CHEAP:
+        tensors = node.all_input_nodes
+        if len(tensors) != 1:
+            return False
+        node = tensors[0]
+        if node.op == "placeholder":
+            return True
+    return False
+
+
+def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]:
+    """The compiled graph with `LazyLogits` in the places that were cut."""
+
+    def call(*args: Any) -> Any:
+        results = list(compiled(*args))
+        places = {"input": args, "output": tuple(results)}
+        for output in cut.lazy:
+            hidden = places[output.hidden.kind][output.hidden.index]
+            inputs = tuple(places[s.kind][s.index] for s in output.inputs)
+            results[output.index] = LazyLogits.make(HeadChain(hidden, inputs, output.chain), None)
+        return results[: cut.results]
+
+    return call

@@ -1,0 +1,25 @@
+"""The pass: fx graphs in, fx graphs with cut cross-entropy out. See docs/architecture.md for the way through it."""
+
+from .decide import Policy
+from .pipeline import CutCrossEntropyPass, rewrite
+from .registry import Call, rule
+from .report import Declined, Report, Rewritten
+from .values import Candidate, Decline, LogitsView, LossSite, Operand, Reason, Step
+
+__all__ = [
+    "Call",
+    "Candidate",
+    "CutCrossEntropyPass",
+    "Decline",
+    "Declined",
+    "LogitsView",
+    "LossSite",
+    "Operand",
+    "Policy",
+    "Reason",
+    "Report",
+    "Rewritten",
+    "Step",
+    "rewrite",
+    "rule",
+]

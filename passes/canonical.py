@@ -1,0 +1,126 @@
+"""One name for one operation, whichever way the graph spells it.
+
+`torch.Tensor.view` as a method, `aten.view.default` and `aten._unsafe_view.default` are all "view"; `operator.truediv`,
+`torch.div` and `aten.div.Tensor` are all "div". Rules are registered under these names, or under a callable of the
+user's own.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.fx import Node
+
+_ALIASES = {
+    "truediv": "div",
+    "true_divide": "div",
+    "divide": "div",
+    "multiply": "mul",
+    "subtract": "sub",
+    "negative": "neg",
+    "_unsafe_view": "view",
+    "view_copy": "view",
+    "_reshape_alias": "view",
+    "view_as": "reshape_as",
+    "_log_softmax": "log_softmax",
+    "_softmax": "softmax",
+    "cross_entropy_loss": "cross_entropy",
+    "nll_loss_nd": "nll_loss",
+    "nll_loss2d": "nll_loss",
+    "_to_copy": "to",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "moveaxis": "movedim",
+    "clone": "contiguous",
+    "alias": "contiguous",
+    "lift_fresh_copy": "contiguous",
+    "concat": "cat",
+    "concatenate": "cat",
+}
+
+_NAMES = """
+linear matmul mm addmm bmm baddbmm einsum tensordot conv1d
+view reshape flatten unflatten squeeze unsqueeze transpose permute movedim t swapaxes swapdims moveaxis getitem narrow
+select slice index_select roll view_as reshape_as expand masked_select rearrange
+contiguous clone alias detach to float double half bfloat16 type type_as _to_copy
+mul multiply div truediv true_divide divide neg negative tanh add sub subtract rsub
+log_softmax _log_softmax softmax log cross_entropy cross_entropy_loss nll_loss nll_loss_nd nll_loss2d gather
+take_along_dim logsumexp masked_fill where cat dropout
+""".split()
+
+
+@functools.cache
+def _functions() -> dict[Any, str]:
+    found: dict[Any, str] = {}
+    for name in _NAMES:
+        for space in (torch, F, operator, torch._C._nn, torch.special, torch.Tensor):
+            function = getattr(space, name, None)
+            if callable(function):
+                found[function] = _ALIASES.get(name, name)
+    return found
+
+
+def canonical(node: Node) -> str | Callable[..., Any] | None:
+    """The operation's name, the target itself where it has none, or None for what is not an operation."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return _ALIASES.get(name, name)
+    if node.op != "call_function":
+        return None
+    target: Any = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        if target.namespace != "aten":
+            return target
+        name = target._schema.name.split("::")[1]
+        return _ALIASES.get(name, name)
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        return _ALIASES.get(target.__name__, target.__name__)
+    try:
+        return _functions().get(target, target)
+    except TypeError:  # an unhashable callable
+        return target
+
+
+def mutated_arguments(node: Node) -> list[Node]:
+    """The nodes whose tensors this node writes to."""
+    tensors = [n for n in node.all_input_nodes if isinstance(value_or_none(n), torch.Tensor) or value_or_none(n) is None]
+    if node.op not in ("call_function", "call_method"):
+        return []
+    target: Any = node.target
+    out = node.kwargs.get("out")
+    written = [out] if isinstance(out, Node) else []
+    if isinstance(target, torch._ops.OpOverload):
+        if target._schema.is_mutable:
+            for argument, value in zip(target._schema.arguments, node.args, strict=False):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    written += [n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)]
+        return written
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return tensors if "mutation" in str(target) else written
+    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    inplace = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
+    if node.op == "call_method":
+        inplace = inplace or name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__"))
+    else:
+        inplace = inplace or name == "setitem" or target in _INPLACE_OPERATORS
+    first = node.args[0] if node.args else None
+    if inplace and isinstance(first, Node) and name not in _HARMLESS:
+        written.append(first)
+    return written
+
+
+_HARMLESS = {"requires_grad_"}
+_INPLACE_OPERATORS = {
+    getattr(operator, name)
+    for name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
+}
+
+
+def value_or_none(node: Node) -> Any:
+    value = node.meta.get("example_value")
+    return node.meta.get("val") if value is None else value

@@ -1,0 +1,114 @@
+"""Decide: what may be rewritten, and what is worth it.
+
+Legality comes first and needs nothing but the candidate. Worth is a sympy expression of the bytes that the program no
+longer holds, in N, D and V; under dynamic shapes N stays a symbol, and no guard is added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import sympy
+import torch
+
+from ..functional import makes_grads_in_forward
+from .values import Candidate, Decline, LogitsView, LossSite, Operand, Reason, value_of
+
+N, D, V = sympy.symbols("N D V", positive=True, integer=True)
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SMALLEST_VOCAB = 32
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The user's part in the decision."""
+
+    strategy: Literal["auto", "grads_in_forward", "recompute"] = "auto"
+    min_vocab: int | None = None  # classes below which a head is left alone; None is max(D, 32)
+    workspace: int | None = None  # bytes
+    filter_eps: float | None = None
+
+
+def bytes_saved(candidate: Candidate) -> sympy.Expr:
+    """Bytes that eager holds at its peak for this loss, and a rewritten program does not.
+
+    Eager keeps the logits, their log-softmax for the backward, and then the gradient of each; casts on the way keep a
+    copy more. A loss without gradient keeps the logits and their log-softmax.
+    """
+    item = candidate.view.dtype.itemsize
+    loss_item = value_of(candidate.anchor).dtype.itemsize
+    copies = item + loss_item + (loss_item if loss_item != item else 0)
+    if value_of(candidate.anchor).requires_grad:
+        copies += loss_item
+    return N * V * copies
+
+
+def decide(candidate: Candidate, policy: Policy) -> LossSite | Decline:
+    """A site that may be rewritten, or the reason why not."""
+    view = candidate.view
+    refused = _illegal(candidate)
+    if refused is not None:
+        return refused
+    least = max(view.hidden_size, _SMALLEST_VOCAB) + 1 if policy.min_vocab is None else policy.min_vocab
+    if view.classes < least:
+        return Decline(Reason.SMALL, candidate.anchor, f"{view.classes} classes, hidden size {view.hidden_size}")
+    saved = bytes_saved(candidate)
+    rows = row_count(view)
+    value = None
+    if isinstance(rows, int):
+        value = int(saved.subs({N: rows, V: view.classes, D: view.hidden_size}))
+    return LossSite(candidate, _needs(candidate, policy), saved, value)
+
+
+def _illegal(candidate: Candidate) -> Decline | None:
+    view = candidate.view
+    if view.dtype not in _DTYPES:
+        return Decline(Reason.DTYPE, view.linear, str(view.dtype))
+    for operand in (view.hidden, view.weight, view.bias):
+        value = value_of(operand.node) if operand is not None else None
+        if value is not None and not _is_dense(value):
+            return Decline(Reason.SUBCLASS, operand.node, type(value).__name__)  # type: ignore[union-attr]
+    target, rows = value_of(candidate.target.node), _row_shape(view)
+    # Sizes that are symbols may be equal without our knowing; the operator then checks them when it runs.
+    if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(target.shape, rows, strict=True)):
+        return Decline(Reason.TARGET, candidate.anchor, f"targets {tuple(target.shape)} for rows {rows}")
+    weight = candidate.class_weight
+    if weight is not None and tuple(value_of(weight).shape) != (view.classes,):
+        return Decline(Reason.OPTION, candidate.anchor, "class weights that are not one per class")
+    return None
+
+
+def _is_dense(value: Any) -> bool:
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    plain = type(value) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
+    return plain and value.layout == torch.strided and not value.is_quantized and not value.is_complex()
+
+
+def _row_shape(view: LogitsView) -> tuple[Any, ...]:
+    return (*view.shape[: view.class_dim], *view.shape[view.class_dim + 1 :])
+
+
+def row_count(view: LogitsView) -> Any:
+    """N, an int or a SymInt."""
+    total: Any = 1
+    for size in _row_shape(view):
+        total = total * size
+    return total
+
+
+def _needs(candidate: Candidate, policy: Policy) -> tuple[bool, bool, bool] | None:
+    view, anchor = candidate.view, value_of(candidate.anchor)
+    if candidate.result != "loss" or not anchor.requires_grad:
+        return None
+    if not makes_grads_in_forward(policy.strategy, candidate.loss.reduction, view.dtype):
+        return None
+    found = (_differentiable(view.hidden), _differentiable(view.weight), _differentiable(view.bias))
+    return found if any(found) else None
+
+
+def _differentiable(operand: Operand | None) -> bool:
+    if operand is None or any(step.name == "detach" for step in operand.steps):
+        return False
+    return bool(value_of(operand.node).requires_grad)

@@ -1,0 +1,102 @@
+"""The pass: find, decide and rewrite, over a graph module; and its face for pipelines of passes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch.fx import Graph, GraphModule
+
+from . import fakes
+from .decide import Policy, decide
+from .registry import rules_text
+from .report import Declined, Report, Rewritten
+from .rewrite import erase_unused, logits_use, rewrite_site
+from .trace import Trace, trace
+from .values import Decline
+
+log = logging.getLogger("cce_fx")
+
+
+def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
+    """Rewrite every site of a graph whose nodes carry example values, in place."""
+    found = trace(gm.graph)
+    report = Report()
+    declines = list(found.declines)
+    done = []
+    for candidate in found.candidates:
+        site = decide(candidate, policy)
+        refused = site if isinstance(site, Decline) else rewrite_site(gm, site, policy)
+        if refused is not None:
+            declines.append(refused)
+        else:
+            done.append(site)
+    outputs = {n for n in gm.graph.nodes if n.op == "output"}
+    for site in done:
+        report.rewritten.append(Rewritten.of(site, logits_use(site.candidate.view, outputs)))
+    report.declined += [Declined.of(d) for d in declines]
+    if done:
+        gm.graph.lint()
+        gm.recompile()
+    for line in (*report.rewritten, *report.declined):
+        log.info("%s", line)
+    return report, found
+
+
+def rewrite(
+    gm: GraphModule, example_inputs: Sequence[Any] | None = None, policy: Policy | None = None
+) -> tuple[GraphModule, Report]:
+    """Cut every cross-entropy of a graph module, in place.
+
+    Args:
+        gm: from `torch.fx.symbolic_trace`, `torch.export`, `make_fx` or Dynamo.
+        example_inputs: values of the placeholders; needed where the nodes carry no example values.
+        policy: strategy and thresholds.
+
+    Returns:
+        The same module, and a report of what was rewritten and declined.
+    """
+    if not fakes.ensure(gm, example_inputs):
+        log.info("the graph carries no shapes; pass example_inputs")
+    report, _ = apply(gm, policy or Policy())
+    return gm, report
+
+
+class CutCrossEntropyPass(CustomGraphPass):
+    """The pass for a pipeline of passes: callable on an `fx.Graph` or an `fx.GraphModule`.
+
+    For example `torch._inductor.config.pre_grad_custom_pass = CutCrossEntropyPass()`. Logits that the graph returns are
+    still computed; only `backend="cce"` can make them lazy. `report` holds the last call's report.
+    """
+
+    def __init__(self, policy: Policy | None = None) -> None:
+        self.policy = policy or Policy()
+        self.report = Report()
+
+    def __call__(self, graph: Graph | GraphModule) -> None:
+        gm = graph if isinstance(graph, GraphModule) else graph.owning_module
+        _, self.report = rewrite(gm, None, self.policy)
+
+    def uuid(self) -> str:
+        """Changes with the project's source, the rules in force and the policy."""
+        return source_digest(repr(self.policy))
+
+
+def source_digest(*more: str) -> str:
+    """A digest of what decides a rewrite's result, for caches of compiled graphs."""
+    digest = hashlib.sha256()
+    root = Path(__file__).resolve().parent
+    package = Path(__import__("cce_fx").__file__).resolve().parent
+    for folder in (root, package, package / "kernels"):
+        for path in sorted(folder.resolve().rglob("*.py")):
+            digest.update(path.read_bytes())
+    for text in (rules_text(), *more):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+__all__ = ["CutCrossEntropyPass", "apply", "erase_unused", "rewrite", "source_digest"]

@@ -1,0 +1,122 @@
+"""Rewrite: write one operator call for each `LossSite`, and take away what nothing reads any more."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node, Proxy
+from torch.fx.proxy import GraphAppendingTracer
+
+from ..functional import KernelSpec, site_loss, statistics_dtype
+from ..kernels.spec import Needs
+from .decide import Policy
+from .fakes import propagate
+from .values import Decline, LogitsView, LossSite, Operand, Reason, value_of
+
+log = logging.getLogger("cce_fx")
+
+
+class Builder:
+    """Writes nodes into a graph by running ordinary code on proxies, and remembers what it wrote."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self.written: list[Node] = []
+        self._tracer = GraphAppendingTracer(graph)
+
+    @contextlib.contextmanager
+    def before(self, node: Node) -> Iterator[None]:
+        """Write before `node`, on behalf of the same source line."""
+        first = node.prev
+        with self.graph.inserting_before(node):
+            yield
+        at = first.next
+        while at is not node:
+            self.written.append(at)
+            for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
+                if key in node.meta and key not in at.meta:
+                    at.meta[key] = node.meta[key]
+            at = at.next
+
+    def proxy(self, value: Any) -> Any:
+        """Proxies in place of the nodes in a value."""
+        return torch.fx.node.map_arg(value, lambda n: Proxy(n, self._tracer))
+
+    def operand(self, operand: Operand, dtype: torch.dtype) -> Any:
+        """An operand with its steps, in `dtype`."""
+        x = Proxy(operand.node, self._tracer)
+        for step in operand.steps:
+            x = step.apply(x, *self.proxy(step.args))
+        return x if value_of(operand.node).dtype == dtype else x.to(dtype)
+
+    def undo(self) -> None:
+        for node in reversed(self.written):
+            self.graph.erase_node(node)
+        self.written.clear()
+
+
+def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy) -> Decline | None:
+    """Replace the site's loss; a Decline, with the graph as it was, where the result does not fit in its place."""
+    anchor = site.candidate.anchor
+    builder = Builder(gm.graph)
+    try:
+        with builder.before(anchor):
+            new = _write(builder, site, policy).node
+        propagate(gm, builder.written, grad=value_of(anchor).requires_grad)
+    except Exception as error:
+        log.warning("a loss could not be rewritten and runs as it was", exc_info=True)
+        builder.undo()
+        return Decline(Reason.INTERNAL, anchor, f"{type(error).__name__}: {error}")
+    was, now = value_of(anchor), value_of(new)
+    if was.dtype != now.dtype or len(was.shape) != len(now.shape) or was.requires_grad != now.requires_grad:
+        builder.undo()
+        return Decline(Reason.INTERNAL, anchor, f"{tuple(was.shape)} {was.dtype} became {tuple(now.shape)} {now.dtype}")
+    anchor.replace_all_uses_with(new)
+    erase_unused(gm.graph, [anchor, *reversed(site.candidate.view.path)])
+    return None
+
+
+def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
+    candidate = site.candidate
+    view, loss = candidate.view, candidate.loss
+    hidden = builder.operand(view.hidden, view.dtype)
+    if view.class_dim != len(view.shape) - 1:
+        hidden = torch.movedim(hidden, view.class_dim, -1)
+    if len(view.shape) != 2:
+        hidden = torch.reshape(hidden, (-1, view.hidden_size))
+    target = builder.proxy(candidate.target.node)
+    rows = target if len(view.shape) == 2 else torch.reshape(target, (-1,))
+    weight = builder.operand(view.weight, view.dtype)
+    bias = None if view.bias is None else builder.operand(view.bias, view.dtype)
+    class_weight = None if candidate.class_weight is None else builder.proxy(candidate.class_weight)
+    kernel = KernelSpec(
+        needs=None if site.needs is None else Needs(*site.needs),
+        autocast=False,  # the casts of the program are in the graph
+        workspace=policy.workspace,
+        filter_eps=policy.filter_eps,
+    )
+    dtype = statistics_dtype(view.dtype)
+    out = site_loss(hidden, weight, bias, rows, class_weight, view.classes, dtype, loss, kernel)
+    if loss.reduction == "none" and len(view.shape) != 2:
+        out = torch.Tensor.reshape_as(out, target)
+    return out if value_of(candidate.anchor).dtype == dtype else out.to(value_of(candidate.anchor).dtype)
+
+
+def erase_unused(graph: Graph, nodes: list[Node]) -> None:
+    """Erase those of `nodes`, users before what they use, that nothing reads."""
+    for node in nodes:
+        if not node.users and not getattr(node, "_erased", False):
+            graph.erase_node(node)
+
+
+def logits_use(view: LogitsView, outputs: set[Node]) -> str:
+    """What still reads the logits of a view after its loss is gone."""
+    alive = [n for n in view.path if n.users]
+    if not alive:
+        return "unused"
+    readers = {u for n in alive for u in n.users if u not in view.path}
+    return "returned" if readers and all(r.op == "output" for r in readers) and outputs else "used"

@@ -1,0 +1,258 @@
+"""Operations that move rows about: replayed on hidden, where a row is D long and not V."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..canonical import canonical
+from ..registry import Call, Outcome, rule
+from ..values import LogitsView, Reason, value_of
+
+
+def _product(sizes: Any) -> Any:
+    total: Any = 1
+    for size in sizes:
+        total = total * size
+    return total
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for certain, without a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(statically_known_true(a == b))
+
+
+def _class_dim_after(view: LogitsView, shape: tuple[Any, ...]) -> int | None:
+    """Where the class dimension is after a reshape to `shape`, or None where it does not survive whole."""
+    before = view.shape[: view.class_dim]
+    after = view.shape[view.class_dim + 1 :]
+    for dim, size in enumerate(shape):
+        if not same(size, view.classes):
+            continue
+        if not after and dim == len(shape) - 1:
+            return dim
+        if after and same(_product(shape[:dim]), _product(before)) and same(_product(shape[dim + 1 :]), _product(after)):
+            return dim
+    return None
+
+
+@rule("view", "reshape", "flatten", "unflatten", "reshape_as")
+def reshape(call: Call) -> Outcome:
+    """Any change of shape that leaves the class dimension whole: hidden is reshaped to the result's own shape."""
+    view, result = call.view(), call.result
+    if view is None or not isinstance(result, torch.Tensor):
+        return None
+    shape = tuple(result.shape)
+    if result.dtype != value_of(call.node.args[0]).dtype:
+        return call.decline(Reason.NO_RULE, "a view as another dtype")
+    dim = _class_dim_after(view, shape)
+    if dim is None:
+        return call.decline(Reason.CLASS_MIXED, f"{tuple(view.shape)} becomes {shape}")
+    sizes = _sizes(call, shape, dim, view.hidden_size)
+    if sizes is None:
+        return call.decline(Reason.NO_RULE, "a reshape to several symbolic sizes")
+    return view.rows(call.node, "reshape", torch.reshape, sizes, class_dim=dim)
+
+
+def _sizes(call: Call, shape: tuple[Any, ...], dim: int, hidden_size: int) -> tuple[Any, ...] | None:
+    """The result's sizes as integers and graph nodes, the hidden size in place of the class dimension.
+
+    One symbolic size may stand as -1; more of them have to be named in the call itself. None where they are not.
+    """
+    named = call.sizes(1, "shape") if canonical(call.node) in ("view", "reshape") else ()
+    sizes = list(named if len(named) == len(shape) else shape)
+    sizes[dim] = hidden_size
+    symbolic = [i for i, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
+    if len(symbolic) > 1 or (symbolic and any(isinstance(s, int) and s == -1 for s in sizes)):
+        return None
+    for i in symbolic:
+        sizes[i] = -1
+    return tuple(sizes)
+
+
+@rule("unsqueeze")
+def unsqueeze(call: Call) -> Outcome:
+    view = call.view()
+    if view is None:
+        return None
+    dim = call.arg(1, "dim") % (len(view.shape) + 1)
+    moved = view.class_dim + (dim <= view.class_dim)
+    return view.rows(call.node, "unsqueeze", torch.unsqueeze, dim, class_dim=moved)
+
+
+@rule("squeeze")
+def squeeze(call: Call) -> Outcome:
+    view = call.view()
+    if view is None:
+        return None
+    rank, dims = len(view.shape), call.sizes(1, "dim")
+    asked = {d % rank for d in dims} if dims and dims[0] is not None and dims != ((),) else set(range(rank))
+    gone = tuple(d for d in sorted(asked) if same(view.shape[d], 1))
+    if view.class_dim in gone or len(call.result.shape) != rank - len(gone):
+        return call.decline(Reason.CLASS_MIXED, "the vocabulary dimension is squeezed")
+    moved = view.class_dim - sum(d < view.class_dim for d in gone)
+    return view.rows(call.node, "squeeze", torch.squeeze, gone, class_dim=moved)
+
+
+@rule("transpose")
+def transpose(call: Call) -> Outcome:
+    view = call.view()
+    if view is None:
+        return None
+    rank = len(view.shape)
+    a, b = (d % rank for d in (call.arg(1, "dim0"), call.arg(2, "dim1")))
+    order = list(range(rank))
+    order[a], order[b] = order[b], order[a]
+    return _permuted(call, view, order)
+
+
+@rule("t")
+def t(call: Call) -> Outcome:
+    view = call.view()
+    return view and (_permuted(call, view, [1, 0]) if len(view.shape) == 2 else view.at(call.node))
+
+
+@rule("permute")
+def permute(call: Call) -> Outcome:
+    view = call.view()
+    return view and _permuted(call, view, [d % len(view.shape) for d in call.sizes(1, "dims")])
+
+
+@rule("movedim")
+def movedim(call: Call) -> Outcome:
+    view = call.view()
+    if view is None:
+        return None
+    source, target = call.arg(1, "source"), call.arg(2, "destination")
+    # Sizes that tell the dimensions apart, so that torch itself says where each one goes.
+    moved = torch.empty(tuple(range(2, 2 + len(view.shape))), device="meta").movedim(source, target)
+    return _permuted(call, view, [size - 2 for size in moved.shape])
+
+
+def _permuted(call: Call, view: LogitsView, order: list[int]) -> LogitsView:
+    return view.rows(call.node, "permute", torch.permute, tuple(order), class_dim=order.index(view.class_dim))
+
+
+@rule("narrow")
+def narrow(call: Call) -> Outcome:
+    view = call.view()
+    if view is None:
+        return None
+    dim, start, length = (call.arg(i, n) for i, n in ((1, "dim"), (2, "start"), (3, "length")))
+    dim = dim % len(view.shape)
+    if dim == view.class_dim:
+        return call.decline(Reason.CLASS_MIXED, "the vocabulary is narrowed")
+    return view.rows(call.node, "narrow", torch.narrow, dim, start, length, class_dim=view.class_dim)
+
+
+@rule("slice")
+def slice_(call: Call) -> Outcome:
+    """aten.slice(x, dim, start, end, step)."""
+    view = call.view()
+    if view is None:
+        return None
+    dim = call.arg(1, "dim", 0) % len(view.shape)
+    index = [slice(None)] * len(view.shape)
+    index[dim] = slice(call.arg(2, "start"), call.arg(3, "end"), call.arg(4, "step", 1))
+    return _indexed(call, view, tuple(index))
+
+
+@rule("select")
+def select(call: Call) -> Outcome:
+    view = call.view()
+    if view is None:
+        return None
+    index: list[Any] = [slice(None)] * len(view.shape)
+    index[call.arg(1, "dim") % len(view.shape)] = call.arg(2, "index")
+    return _indexed(call, view, tuple(index))
+
+
+@rule("index_select")
+def index_select(call: Call) -> Outcome:
+    view = call.view()
+    if view is None:
+        return None
+    dim, index = call.arg(1, "dim") % len(view.shape), call.arg(2, "index")
+    if dim == view.class_dim:
+        return call.decline(Reason.CLASS_MIXED, "classes are selected by index")
+    return view.rows(call.node, "index_select", torch.index_select, dim, index, class_dim=view.class_dim)
+
+
+@rule("getitem")
+def getitem(call: Call) -> Outcome:
+    view = call.view()
+    if view is None:
+        return None
+    index = call.arg(1, "key")
+    return _indexed(call, view, index if isinstance(index, tuple) else (index,))
+
+
+def _indexed(call: Call, view: LogitsView, index: tuple[Any, ...]) -> Outcome:
+    """Basic indexing, or one tensor (a mask or positions), that takes the class dimension whole."""
+    full = _expanded(view, index)
+    if full is None:
+        return call.decline(Reason.NO_RULE, "an index that is not understood")
+    at, dim, tensors = 0, 0, 0
+    class_dim: int | None = None
+    replay: list[Any] = []
+    for item in full:
+        span, made = _consumes(item)
+        tensors += isinstance(item, Node) and isinstance(value_of(item), torch.Tensor)
+        if at <= view.class_dim < at + span:
+            if not (isinstance(item, slice) and _is_whole(item, view.classes)):
+                return call.decline(Reason.CLASS_MIXED, "an index into the vocabulary dimension")
+            class_dim, item = dim, slice(None)
+        replay.append(item)
+        at, dim = at + span, dim + made
+    scalars = any(isinstance(i, int) and not isinstance(i, bool) for i in full)
+    if class_dim is None or tensors > 1 or (tensors and scalars):
+        return call.decline(Reason.NO_RULE, "an index with several tensors")
+    return view.rows(call.node, "index", _index, tuple(replay), class_dim=class_dim)
+
+
+def _index(hidden: Any, index: tuple[Any, ...]) -> Any:
+    return hidden[index]
+
+
+def _expanded(view: LogitsView, index: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """The index with an ellipsis written out, one entry per dimension or new axis; None where not understood."""
+    if not all(isinstance(i, (int, slice, Node)) or i is None or i is Ellipsis for i in index):
+        return None
+    if any(isinstance(i, bool) for i in index):
+        return None
+    if any(isinstance(i, Node) and not isinstance(value_of(i), (torch.Tensor, torch.SymInt, int)) for i in index):
+        return None
+    spans = sum(_consumes(i)[0] for i in index if i is not Ellipsis)
+    missing = (slice(None),) * (len(view.shape) - spans)
+    if Ellipsis in [i for i in index if not isinstance(i, Node)]:
+        where = next(n for n, i in enumerate(index) if i is Ellipsis)
+        return (*index[:where], *missing, *index[where + 1 :])
+    return (*index, *missing)
+
+
+def _consumes(item: Any) -> tuple[int, int]:
+    """(dimensions that an index entry takes, dimensions that it makes)."""
+    if item is None:
+        return 0, 1
+    if isinstance(item, slice):
+        return 1, 1
+    value = value_of(item)
+    if isinstance(value, torch.Tensor):
+        return (value.dim(), 1) if value.dtype in (torch.bool, torch.uint8) else (1, value.dim())
+    return 1, 0
+
+
+def _is_whole(item: slice, size: Any) -> bool:
+    """Whether a slice takes a dimension of `size` whole, for certain."""
+    if any(isinstance(x, Node) for x in (item.start, item.stop, item.step)):
+        return False
+    if item.start not in (None, 0) or item.step not in (None, 1):
+        return False
+    if item.stop is None or (isinstance(item.stop, int) and item.stop >= 2**62):
+        return True
+    return isinstance(item.stop, int) and isinstance(size, int) and item.stop >= size
