@@ -7,10 +7,12 @@ from torch._logging import trace_structured
 from torch.fx import GraphModule
 
 from .passes import Report
+from .passes.pipeline import announce
 
 
 def record(gm: GraphModule, report: Report) -> None:
     """Count rewrites and declines, and leave the rewritten graph and the report as artifacts for tlparse."""
+    announce(report)
     counters["cce_fx"]["rewritten"] += len(report.rewritten)
     for declined in report.declined:
         counters["cce_fx"][f"declined_{declined.reason.lower()}"] += 1

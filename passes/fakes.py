@@ -7,15 +7,24 @@ from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from .values import value_of
 
 
 def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
-    values = [v for n in gm.graph.nodes if isinstance(v := value_of(n), torch.Tensor)]
-    return detect_fake_mode(values) or FakeTensorMode(allow_non_fake_inputs=True)
+    """The mode that the graph's own example values live in.
+
+    Dynamo hands a backend a fresh mode in its tracing context while the nodes keep the values of the mode they were
+    traced in, so `detect_fake_mode` would answer with the wrong one.
+    """
+    values = (value_of(n) for n in gm.graph.nodes)
+    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or _new_mode()
+
+
+def _new_mode() -> FakeTensorMode:
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 def propagate(gm: GraphModule, nodes: Sequence[Node], *, grad: bool) -> None:
@@ -56,13 +65,13 @@ def ensure(gm: GraphModule, example_inputs: Sequence[Any] | None) -> bool:
         missing = [n for n in nodes if n.op == "get_attr" and value_of(n) is None]
         propagate(gm, missing, grad=torch.is_grad_enabled())
         return all(value_of(n) is not None or not n.users or not _makes_tensor(n) for n in nodes)
-    mode = detect_fake_mode(list(example_inputs)) or FakeTensorMode(allow_non_fake_inputs=True)
+    mode = detect_fake_mode(list(example_inputs)) or _new_mode()
     inputs = iter(example_inputs)
     with mode:
         for node in nodes:
             if node.op == "placeholder":
                 value = next(inputs)
-                fake = isinstance(value, torch.Tensor) and not isinstance(value, torch._subclasses.FakeTensor)
+                fake = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
                 node.meta["example_value"] = mode.from_tensor(value, static_shapes=True) if fake else value
             else:
                 node.meta["example_value"] = _evaluate(gm, node, mode)

@@ -15,7 +15,7 @@ from . import fakes
 from .decide import Policy, decide
 from .registry import rules_text
 from .report import Declined, Report, Rewritten
-from .rewrite import erase_unused, logits_use, rewrite_site
+from .rewrite import logits_use, rewrite_site
 from .trace import Trace, trace
 from .values import Decline
 
@@ -42,9 +42,13 @@ def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
     if done:
         gm.graph.lint()
         gm.recompile()
+    return report, found
+
+
+def announce(report: Report) -> None:
+    """One line per loss to the logger `cce_fx`, which is silent unless asked."""
     for line in (*report.rewritten, *report.declined):
         log.info("%s", line)
-    return report, found
 
 
 def rewrite(
@@ -63,6 +67,7 @@ def rewrite(
     if not fakes.ensure(gm, example_inputs):
         log.info("the graph carries no shapes; pass example_inputs")
     report, _ = apply(gm, policy or Policy())
+    announce(report)
     return gm, report
 
 
@@ -97,6 +102,3 @@ def source_digest(*more: str) -> str:
     for text in (rules_text(), *more):
         digest.update(text.encode())
     return digest.hexdigest()
-
-
-__all__ = ["CutCrossEntropyPass", "apply", "erase_unused", "rewrite", "source_digest"]
