@@ -1,0 +1,141 @@
+"""Each example, run as a user runs it, in a short mode: it ends well, its files are there, its figures make sense."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+SMALL = ["--vocab", "2048", "--width", "64", "--layers", "1", "--batch", "4", "--length", "64"]
+
+for package in ("tokenizers", "rich", "matplotlib", "transformers", "accelerate"):
+    pytest.importorskip(package, reason="the examples need the extra: pip install -e '.[examples]'")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """One tokenizer for all examples of this file."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def command(script: str, *arguments: str | Path) -> list[str]:
+    return [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
+
+
+def environment() -> dict[str, str]:
+    # One thread each: the runs are tiny, and their results must not depend on how many cores the machine has.
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+
+
+def run(folder: Path, script: str, *arguments: str | Path) -> str:
+    done = subprocess.run(
+        command(script, *arguments), cwd=folder, env=environment(), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", ["train_lm.py", "hf_trainer.py", "recommender.py"])
+def test_help_says_what_it_does(script, tmp_path):
+    text = run(tmp_path, script, "--help")
+    assert "usage" in text and "--steps" in text
+
+
+def test_no_example_imports_the_package():
+    """The point of the examples: one string is all that a program has to know."""
+    for script in ("train_lm.py", "hf_trainer.py", "recommender.py"):
+        assert "cce_fx" not in (EXAMPLES / script).read_text(encoding="utf-8")
+
+
+def test_train_lm_compares_three_ways(tmp_path, cache):
+    # With this batch the logits (256 x 2048 x 4 bytes = 2 MiB) are most of what a step takes.
+    text = run(tmp_path, "train_lm.py", *SMALL, "--steps", "6", "--cache", cache)
+    assert "loss at the last step" in text and "peak memory above the model's own" in text
+    figures = json.loads((tmp_path / "out" / "train_lm.json").read_text())
+    summary = figures["summary"]
+    assert list(summary) == ["eager", "inductor", "cce"]
+    for mode, run_ in figures["runs"].items():
+        losses = [s["loss"] for s in run_["steps"]]
+        assert len(losses) == 6
+        assert abs(losses[0] - math.log(2048)) < 0.5  # an untrained model knows nothing
+        assert losses[-1] < losses[0]
+        assert summary[mode]["largest_difference"] < 1e-3
+        # What was alive at the end of the step must be what was alive at its beginning, or the counting leaks.
+        assert abs(run_["trace"]["bytes_alive"][-1]) < 64 * 1024
+        assert set(run_["trace"]["phases"]) == {"forward", "backward", "optimizer"}
+    assert summary["cce"]["peak_above_own_bytes"] < 0.6 * summary["eager"]["peak_above_own_bytes"]
+    assert (tmp_path / "out" / "train_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_lm_fits_the_steps_to_the_minutes(tmp_path, cache):
+    run(tmp_path, "train_lm.py", *SMALL, "--minutes", "0.01", "--only", "eager", "--cache", cache)
+    figures = json.loads((tmp_path / "out" / "train_lm.json").read_text())
+    assert len(figures["runs"]["eager"]["steps"]) == 10  # the least that a curve is drawn from
+    assert list(figures["runs"]) == ["eager"]
+
+
+def test_train_lm_refuses_an_unknown_way(tmp_path):
+    done = subprocess.run(command("train_lm.py", "--only", "eagre"), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "eagre" in done.stderr and "inductor" in done.stderr
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals")
+def test_train_lm_stopped_in_the_middle_leaves_whole_files(tmp_path, cache):
+    arguments = [*SMALL, "--steps", "100000", "--only", "eager", "--cache", cache]
+    process = subprocess.Popen(
+        command("train_lm.py", *arguments), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    wait_for(lambda: children_of(process.pid))
+    time.sleep(1)
+    children = children_of(process.pid)
+    process.send_signal(signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped" in text
+    wait_for(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    left = [p for folder in (tmp_path, cache) for p in folder.rglob("*") if p.is_file()]
+    assert not [p for p in left if p.name.startswith(".")], "a temporary file was left behind"
+    for path in left:
+        if path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+
+
+def children_of(pid: int) -> list[int]:
+    listed = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in listed.read_text().split()] if listed.exists() else []
+
+
+def wait_for(condition, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_hf_trainer_reads_the_logits_in_evaluation(tmp_path, cache):
+    small = [*SMALL, "--steps", "10", "--eval-batches", "2", "--cache", cache]
+    run(tmp_path, "hf_trainer.py", *small)
+    run(tmp_path, "hf_trainer.py", *small, "--backend", "eager", "--out", "eager")
+    cut = json.loads((tmp_path / "out" / "hf_trainer.json").read_text())
+    eager = json.loads((tmp_path / "eager" / "hf_trainer.json").read_text())
+    assert abs(cut["eval_loss"] - eager["eval_loss"]) < 1e-3
+    assert cut["eval_loss"] < math.log(2048)
+    # An argmax may flip between two equal logits, on few of the 512 tokens.
+    assert abs(cut["accuracy"] - eager["accuracy"]) < 0.01
+    assert (tmp_path / "out" / "hf_trainer" / "model.safetensors").exists()
+
+
+def test_recommender_needs_less_memory(tmp_path):
+    small = ["--items", "20000", "--width", "32", "--users", "4", "--length", "16", "--steps", "3"]
+    run(tmp_path, "recommender.py", *small)
+    summary = json.loads((tmp_path / "out" / "recommender.json").read_text())
+    assert summary["cce"]["largest_difference"] < 1e-3
+    assert summary["cce"]["peak_above_own_bytes"] < summary["eager"]["peak_above_own_bytes"]
