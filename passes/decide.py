@@ -61,14 +61,22 @@ def decide(candidate: Candidate, policy: Policy) -> LossSite | Decline:
     return LossSite(candidate, _needs(candidate, policy), saved, value)
 
 
-def _illegal(candidate: Candidate) -> Decline | None:
-    view = candidate.view
+def illegal_head(view: LogitsView) -> Decline | None:
+    """Why a head cannot be computed by the kernels, or None."""
     if view.dtype not in _DTYPES:
         return Decline(Reason.DTYPE, view.linear, str(view.dtype))
     for operand in (view.hidden, view.weight, view.bias):
         value = value_of(operand.node) if operand is not None else None
         if value is not None and not _is_dense(value):
             return Decline(Reason.SUBCLASS, operand.node, type(value).__name__)  # type: ignore[union-attr]
+    return None
+
+
+def _illegal(candidate: Candidate) -> Decline | None:
+    view = candidate.view
+    refused = illegal_head(view)
+    if refused is not None:
+        return refused
     target, rows = value_of(candidate.target.node), _row_shape(view)
     # Sizes that are symbols may be equal without our knowing; the operator then checks them when it runs.
     if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(target.shape, rows, strict=True)):

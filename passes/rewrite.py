@@ -32,8 +32,13 @@ class Builder:
     def before(self, node: Node) -> Iterator[None]:
         """Write before `node`, on behalf of the same source line."""
         first = node.prev
-        with self.graph.inserting_before(node):
-            yield
+        try:
+            with self.graph.inserting_before(node):
+                yield
+        finally:
+            self._adopt(first, node)
+
+    def _adopt(self, first: Node, node: Node) -> None:
         at = first.next
         while at is not node:
             self.written.append(at)
@@ -102,7 +107,7 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
     dtype = statistics_dtype(view.dtype)
     out = site_loss(hidden, weight, bias, rows, class_weight, view.classes, dtype, loss, kernel)
     if loss.reduction == "none" and len(view.shape) != 2:
-        out = torch.Tensor.reshape_as(out, target)
+        out = out.reshape_as(target)
     return out if value_of(candidate.anchor).dtype == dtype else out.to(value_of(candidate.anchor).dtype)
 
 

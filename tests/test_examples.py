@@ -87,7 +87,7 @@ def test_train_lm_refuses_an_unknown_way(tmp_path):
     assert "eagre" in done.stderr and "inductor" in done.stderr
 
 
-@pytest.mark.skipif(os.name != "posix", reason="signals")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes under /proc")
 def test_train_lm_stopped_in_the_middle_leaves_whole_files(tmp_path, cache):
     arguments = [*SMALL, "--steps", "100000", "--only", "eager", "--cache", cache]
     process = subprocess.Popen(
