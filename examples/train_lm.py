@@ -209,6 +209,14 @@ def conclude(results: dict, arguments: argparse.Namespace, console: Console) -> 
     console.print(f"picture: {picture}\nfigures: {data}")
 
 
+def tell_what_is_there(results: dict, arguments: argparse.Namespace, console: Console) -> None:
+    console.print(f"stopped; runs that came to their end: {', '.join(results) or 'none'}. Files, all of them whole:")
+    kept = [*sorted(arguments.cache.glob("stdlib-*")), *sorted(arguments.out.glob("train_lm.*"))]
+    for path in kept:
+        console.print(f"  {path}", soft_wrap=True)
+    console.print("  (none)" if not kept else "the next run takes the tokenizer and the tokens from there")
+
+
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.child:
@@ -223,8 +231,8 @@ def main(argv: list[str] | None = None) -> int:
         steps = arguments.steps or choose_steps(arguments, begin, console)
         run_all(arguments, steps, results, console)
     except KeyboardInterrupt:
-        console.print("stopped; every file that is there is whole, and runs that had not ended are left out")
         conclude(results, arguments, console)
+        tell_what_is_there(results, arguments, console)
         return 130
     except runs.ChildFailed as failure:
         console.print(str(failure), markup=False, style="red")
