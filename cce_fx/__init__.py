@@ -12,7 +12,7 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .backend import cce
-    from .explain import explain
+    from .diagnose import explain
     from .functional import linear_cross_entropy
     from .lazy import LazyLogits
     from .options import Options
@@ -24,7 +24,7 @@ _HOMES = {
     "Options": "options",
     "Report": "passes",
     "cce": "backend",
-    "explain": "explain",
+    "explain": "diagnose",
     "linear_cross_entropy": "functional",
     "rewrite": "passes",
 }

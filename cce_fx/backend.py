@@ -41,8 +41,8 @@ def cce(
     fakes.ensure(gm, example_inputs)
     report, found = apply(gm, ours.policy)
     cut = CutOutputs()
-    if ours.logits == "lazy" and report.rewritten:
-        cut = cut_outputs(gm, found)
+    if ours.logits == "lazy":
+        cut = cut_outputs(gm, found, {r.linear for r in report.rewritten}, ours.policy)
         report.note_lazy({output.linear for output in cut.lazy})
     observe.record(gm, report)
     if ours.strict and report.declined and not report.rewritten:

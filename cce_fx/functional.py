@@ -89,6 +89,7 @@ def site_loss(
         row_weight = class_weight.to(dtype)[torch.where(valid, target, 0)] * valid
     w_nll = row_weight * (1 - smoothing) if smooth else row_weight
     w_smooth = valid * (smoothing / classes) if smooth else None
+    denominator = None
     if loss.reduction == "mean":
         denominator = row_weight.sum()
         w_nll = w_nll / denominator
@@ -99,13 +100,19 @@ def site_loss(
     smooth_class_weight = class_weight.to(dtype) if smooth and class_weight is not None else None
     values = (hidden, weight, bias, target, smooth_class_weight, *head)
     if kernel.needs is not None and loss.reduction != "none":
-        return torch.ops.cce.linear_cross_entropy_with_grads.default(*values, w_nll, None, w_smooth, *kernel.needs)[0]
+        out = torch.ops.cce.linear_cross_entropy_with_grads.default(*values, w_nll, None, w_smooth, *kernel.needs)[0]
+        return _mean_of_none(out, denominator)
     nll, _, smooth_nll = _unpack(torch.ops.cce.linear_cross_entropy.default(*values))
     # `w_nll` may be NaN (0 / 0) on ignored rows, whose nll is 0: the product is eager's NaN.
     rows = w_nll * nll
     if smooth:
         rows = rows + w_smooth * smooth_nll
-    return rows if loss.reduction == "none" else rows.sum()
+    return rows if loss.reduction == "none" else _mean_of_none(rows.sum(), denominator)
+
+
+def _mean_of_none(total: Any, denominator: Any) -> Any:
+    """A mean over no rows is NaN, even where there is no row to carry it, and passes no gradient on."""
+    return total if denominator is None else torch.where(denominator == 0, math.nan, total)
 
 
 def _unpack(stats: Any) -> tuple[Any, Any, Any]:

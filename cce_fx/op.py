@@ -229,20 +229,38 @@ def _(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-unt
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs = tuple(bool(n) for n in inputs[-3:])
-    ctx.save_for_backward(*output[4:])
+    ctx.save_for_backward(*output[4:], *inputs[:3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-@torch.autograd.function.once_differentiable
 def _sum_backward(ctx: Any, grad_total: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     tail = (None,) * (_HEAD_ARGS - 3 + 6)
     if grad_total is None:
         return (None, None, None, *tail)
     made = [need and wanted for need, wanted in zip(ctx.needs, ctx.needs_input_grad, strict=False)]
     # In float32 before the one rounding: grad_total may carry a loss scale that float16 cannot hold.
-    grads = tuple(g * grad_total.to(g.dtype) if m else g for g, m in zip(ctx.saved_tensors, made, strict=True))
+    saved, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+    grads = tuple(g * grad_total.to(g.dtype) if m else g for g, m in zip(saved, made, strict=True))
+    if torch.is_grad_enabled():
+        grads = _Once.apply(*grads, *inputs)
     return (*_wanted(grads, tuple(made)), *tail)
+
+
+class _Once(torch.autograd.Function):
+    """Ties gradients, made as constants in the forward, to the inputs that they depend on, so that differentiating them
+    raises instead of quietly giving zero."""
+
+    @staticmethod
+    def forward(ctx: Any, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in values[:3])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        raise RuntimeError(
+            "the gradients of cut cross-entropy cannot be differentiated twice: they are made in the forward. Compute the "
+            "loss without cce_fx where you need a second derivative."
+        )
 
 
 linear_cross_entropy_with_grads.register_autograd(_sum_backward, setup_context=_sum_setup)

@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from .lazy import HeadChain, LazyLogits
 from .passes.canonical import canonical
-from .passes.rewrite import erase_unused
+from .passes.decide import Policy, illegal_head
+from .passes.rewriter import erase_unused
 from .passes.trace import Trace
 from .passes.values import LogitsView, value_of
 
@@ -47,13 +48,26 @@ class CutOutputs:
     results: int = 0
 
 
-def cut_outputs(gm: GraphModule, found: Trace) -> CutOutputs:
-    """Take the head chains that only the output reads out of the graph, in place."""
+# A head whose logits leave the graph with no loss in it is worth a LazyLogits from this many classes on: below, a tensor
+# that a program returns is more likely a feature to compute with than logits to take a loss of.
+LARGE_VOCAB = 1000
+
+
+def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Policy) -> CutOutputs:
+    """Take the head chains that only the output reads out of the graph, in place.
+
+    Args:
+        gm: the graph, its losses rewritten.
+        found: what `trace` said of it.
+        rewritten: the names of the linear nodes whose loss was rewritten: their logits are lazy always. Others are where
+            the program will differentiate them, so a loss outside the graph can be cut too, and the head is large.
+        policy: `min_vocab` replaces the rule for what is large.
+    """
     output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
     results = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else None
     if results is None:
         return CutOutputs()
-    wanted = [(i, n) for i, n in enumerate(results) if isinstance(n, Node) and _is_cuttable(n, output, found)]
+    wanted = [(i, n) for i, n in enumerate(results) if isinstance(n, Node) and _is_cuttable(n, output, found, rewritten, policy)]
     if not wanted:
         return CutOutputs()
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -87,11 +101,15 @@ def cut_outputs(gm: GraphModule, found: Trace) -> CutOutputs:
     return CutOutputs(tuple(made), total)
 
 
-def _is_cuttable(node: Node, output: Node, found: Trace) -> bool:
+def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], policy: Policy) -> bool:
     """Whether a returned node is a head's logits that, but for the output, nothing reads."""
     view = found.views.get(node)
-    if view is None or view.log or node is view.hidden.node:
+    if view is None or view.log:
         return False
+    if view.linear.name not in rewritten:
+        least = max(LARGE_VOCAB, view.hidden_size + 1) if policy.min_vocab is None else policy.min_vocab
+        if view.classes < least or not value_of(node).requires_grad or illegal_head(view) is not None:
+            return False
     return all(_only_output(n, output, found) for n in view.path)
 
 

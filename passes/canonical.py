@@ -78,6 +78,8 @@ def canonical(node: Node) -> str | Callable[..., Any] | None:
             return target
         name = target._schema.name.split("::")[1]
         return _ALIASES.get(name, name)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return target.name()
     if isinstance(target, torch._ops.OpOverloadPacket):
         return _ALIASES.get(target.__name__, target.__name__)
     try:
@@ -88,7 +90,6 @@ def canonical(node: Node) -> str | Callable[..., Any] | None:
 
 def mutated_arguments(node: Node) -> list[Node]:
     """The nodes whose tensors this node writes to."""
-    tensors = [n for n in node.all_input_nodes if isinstance(value_or_none(n), torch.Tensor) or value_or_none(n) is None]
     if node.op not in ("call_function", "call_method"):
         return []
     target: Any = node.target
@@ -101,7 +102,7 @@ def mutated_arguments(node: Node) -> list[Node]:
                     written += [n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)]
         return written
     if isinstance(target, torch._ops.HigherOrderOperator):
-        return tensors if "mutation" in str(target) else written
+        return node.all_input_nodes if "mutation" in target.name() else written
     name = target if isinstance(target, str) else getattr(target, "__name__", "")
     inplace = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
     if node.op == "call_method":
@@ -120,7 +121,3 @@ _INPLACE_OPERATORS = {
     for name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
 }
 
-
-def value_or_none(node: Node) -> Any:
-    value = node.meta.get("example_value")
-    return node.meta.get("val") if value is None else value

@@ -15,7 +15,7 @@ from . import fakes
 from .decide import Policy, decide
 from .registry import rules_text
 from .report import Declined, Report, Rewritten
-from .rewrite import logits_use, rewrite_site
+from .rewriter import logits_use, rewrite_site
 from .trace import Trace, trace
 from .values import Decline
 

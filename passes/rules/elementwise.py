@@ -30,6 +30,12 @@ def same_value(call: Call) -> Outcome:
     return view and view.at(call.node)
 
 
+@rule("register_hook")
+def register_hook(call: Call) -> Outcome:
+    """Dynamo's form of `logits.register_hook(f)`; the method itself is found among the users of a path."""
+    return call.decline(Reason.HOOK) if call.view() is not None else None
+
+
 @rule("detach")
 def detach(call: Call) -> Outcome:
     view = call.view()
