@@ -1,0 +1,49 @@
+"""The arrows of docs/architecture.md: data goes down only."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# What a file of each folder may import of the project: the folder's own modules, and these.
+ALLOWED = {
+    "kernels": {"cce_fx.kernels"},
+    "passes": {"cce_fx.passes", "cce_fx.functional", "cce_fx.kernels.spec", "cce_fx._torch", "cce_fx._version"},
+}
+FILES = [p for folder in ALLOWED for p in sorted((ROOT / folder).rglob("*.py"))]
+
+
+def imports(path: Path) -> set[str]:
+    """The project's modules that a file imports, absolute."""
+    package = ["cce_fx", *path.relative_to(ROOT).parent.parts]
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            found.add(".".join([*base, *(node.module or "").split(".")]).strip("."))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "cce_fx"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    allowed = ALLOWED[path.relative_to(ROOT).parts[0]]
+    wrong = {m for m in imports(path) if not any(m == a or m.startswith(a + ".") for a in allowed)}
+    assert not wrong
+
+
+def test_the_links_lead_to_the_folders() -> None:
+    for folder in ALLOWED:
+        assert (ROOT / "cce_fx" / folder).resolve() == ROOT / folder
+
+
+def test_importing_the_package_imports_neither_torch_nor_kernels() -> None:
+    code = "import sys, cce_fx; print([m for m in sys.modules if m == 'torch' or m.startswith('cce_fx.')])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/").stdout
+    assert out.strip() == "['cce_fx._version']"
