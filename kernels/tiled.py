@@ -1,0 +1,100 @@
+"""The kernel in torch operations over tiles: any device, float32, float64, bfloat16, float16.
+
+Half-precision inputs are converted tile by tile; everything is accumulated in float32 and each result is rounded once.
+All orders of summation are fixed, so results repeat bit by bit. See `spec` for the contract and the maths.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .combine import combine as combine  # part of this module's interface
+from .combine import finish as finish
+from .combine import log_sum_exp, mask_ignored
+from .plan import make_plan
+from .rows import Rows, coefficients, select
+from .spec import Grads, Needs, Partials, Problem, RowGrads, Stats
+from .sweeps import held, recompute, sweep
+from .tile import Sums, partials
+
+
+def partial(problem: Problem) -> Partials:
+    """Per-row sums (N,) over the columns of this shard."""
+    _check(problem)
+    rows = select(problem)
+    found = partials(sweep(problem, rows))
+    smooth = _spread(found.smooth, rows, problem) if problem.smooth else found.smooth
+    return Partials(*(_spread(t, rows, problem) for t in found[:3]), smooth)
+
+
+def forward(problem: Problem) -> Stats:
+    """Stats (N,) of the whole vocabulary. Raises ValueError for a shard: combine the partials of all shards instead."""
+    _check(problem)
+    _whole_vocabulary(problem)
+    rows = select(problem)
+    return _stats(problem, rows, sweep(problem, rows))
+
+
+def backward(problem: Problem, lse: Tensor, grads: RowGrads, needs: Needs) -> Grads:
+    """Gradients from lse (N,) (of the whole vocabulary, for a shard), recomputing the logits tile by tile."""
+    _check(problem)
+    rows = select(problem)
+    needs = _possible(problem, needs)
+    if not any(needs):
+        return Grads(None, None, None)
+    c = coefficients(problem, rows, grads)
+    return recompute(problem, rows, rows.take(lse, 0, lse.shape[0]), c, needs)
+
+
+def forward_backward(problem: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
+    """Stats (N,), and the gradients of sum(grads * stats)."""
+    _check(problem)
+    _whole_vocabulary(problem)
+    rows = select(problem)
+    needs = _possible(problem, needs)
+    if not any(needs):
+        return _stats(problem, rows, sweep(problem, rows)), Grads(None, None, None)
+    c = coefficients(problem, rows, grads)
+    plan = make_plan(problem, rows, needs)
+    if plan.held_rows:
+        sums, found = held(problem, rows, c, needs, plan)
+        return _stats(problem, rows, sums), found
+    sums = sweep(problem, rows)
+    lse = log_sum_exp(sums.max, sums.sumexp.log())
+    return _stats(problem, rows, sums), recompute(problem, rows, lse, c, needs)
+
+
+def _check(problem: Problem) -> None:
+    if problem.filter_eps is not None:
+        raise ValueError("filter_eps is not supported by the tiled kernel: pass None, which is exact")
+    if problem.workspace is not None and problem.workspace <= 0:
+        raise ValueError(f"workspace is a positive number of bytes, or None for the default, not {problem.workspace}")
+
+
+def _whole_vocabulary(problem: Problem) -> None:
+    shard = problem.shard
+    if shard and (shard.start, shard.total) != (0, problem.weight.shape[0]):
+        raise ValueError("a Shard has no statistics of its own: use partial() on each, then combine() and finish()")
+
+
+def _possible(problem: Problem, needs: Needs) -> Needs:
+    return needs._replace(bias=needs.bias and problem.bias is not None)
+
+
+def _stats(problem: Problem, rows: Rows, sums: Sums) -> Stats:
+    """Stats (N,) from the sums (n,) of the computed rows."""
+    log_sum = sums.sumexp.log()
+    nll = (sums.max - sums.target_logit) + log_sum
+    smooth = sums.max.new_zeros(0)
+    if sums.smooth is not None:
+        smooth = (sums.weight * log_sum.double() - sums.smooth.double()).to(nll.dtype)
+        smooth = _spread(smooth, rows, problem)
+    lse = log_sum_exp(sums.max, log_sum)
+    return mask_ignored(Stats(_spread(nll, rows, problem), _spread(lse, rows, problem), smooth), problem)
+
+
+def _spread(values: Tensor, rows: Rows, problem: Problem) -> Tensor:
+    """(n,) values of the computed rows among zeros (N,)."""
+    if rows.index is None:
+        return values
+    return values.new_zeros(problem.target.shape[0]).index_copy_(0, rows.index, values)
