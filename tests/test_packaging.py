@@ -40,12 +40,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out, source = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("source")
     names = "pyproject.toml README.md LICENSE cce_fx passes kernels".split()
     subprocess.run(["cp", "-a", *(str(ROOT / n) for n in names), str(source)], check=True)
-    code = (
-        "import setuptools.build_meta as b, sys;"
-        "print(b.build_wheel(sys.argv[1])); print(b.build_sdist(sys.argv[1]))"
-    )
-    subprocess.run([sys.executable, "-c", code, str(out)], check=True, cwd=source, capture_output=True)
+    for kind in ("wheel", "sdist"):
+        build(kind, source, out)
     return out
+
+
+def build(kind: str, source: Path, out: Path) -> None:
+    code = f"import setuptools.build_meta as b, sys; b.build_{kind}(sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, str(out)], check=True, cwd=source, capture_output=True)
 
 
 def test_the_wheel_has_one_top_level_package(built: Path) -> None:
@@ -62,8 +64,7 @@ def test_the_sdist_builds_the_same_wheel(built: Path, tmp_path: Path) -> None:
     with tarfile.open(sdist) as tar:
         tar.extractall(tmp_path, filter="data")
     (folder,) = tmp_path.iterdir()
-    code = "import setuptools.build_meta as b, sys; b.build_wheel(sys.argv[1])"
-    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=folder, capture_output=True)
+    build("wheel", folder, tmp_path)
     (wheel,), (first,) = tmp_path.glob("*.whl"), built.glob("*.whl")
     assert sorted(zipfile.ZipFile(wheel).namelist()) == sorted(zipfile.ZipFile(first).namelist())
 

@@ -1,0 +1,103 @@
+"""Deliberate faults, each of which has to turn a test red: `python -m tests.mutation`.
+
+Every fault is one replacement in one file. The tests run against a copy of the repository, so the checkout stays whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Fault:
+    name: str
+    path: str
+    old: str
+    new: str
+
+
+FAULTS = [
+    Fault("ignore_index is dropped from the mean", "cce_fx/functional.py",
+          "valid = target != loss.ignore_index", "valid = target == target"),
+    Fault("the mean divides by N", "cce_fx/functional.py",
+          "denominator = row_weight.sum()", "denominator = (row_weight == row_weight).sum()"),
+    Fault("class weights do not normalise the mean", "cce_fx/functional.py",
+          "denominator = row_weight.sum()", "denominator = valid.sum()"),
+    Fault("smoothing is divided by nothing", "cce_fx/functional.py", "(smoothing / classes)", "smoothing"),
+    Fault("smoothing ignores the class weights", "cce_fx/functional.py",
+          "class_weight.to(dtype) if smooth and class_weight is not None else None", "None"),
+    Fault("the shift is off by one", "passes/rules/rows.py",
+          "    return view.rows(call.node, \"index\", _index, tuple(replay), class_dim=class_dim)",
+          "    replay = [slice(1, None) if i == slice(None, -1, None) else i for i in replay]\n"
+          "    return view.rows(call.node, \"index\", _index, tuple(replay), class_dim=class_dim)"),
+    Fault("the bias is lost", "passes/rules/linear.py",
+          "bias=None if bias is None else Operand(bias)", "bias=None"),
+    Fault("an added bias is lost", "passes/rules/elementwise.py",
+          'return view.at(call.node, bias=Operand(other).then("flatten", torch.flatten))', "return view.at(call.node)"),
+    Fault("a division scales up", "passes/rules/elementwise.py", "1.0 / float(divisor)", "float(divisor)"),
+    Fault("the scale after a cap comes before it", "passes/rules/elementwise.py",
+          "post_scale=e.post_scale * factor", "scale=e.scale * factor"),
+    Fault("the cap is ignored", "passes/rules/elementwise.py", "softcap=1.0))", "softcap=None))"),
+    Fault("in-place changes go unseen", "passes/trace.py",
+          "    if not written:\n        return\n", "    return\n"),
+    Fault("hooks go unseen", "passes/rules/elementwise.py",
+          "return call.decline(Reason.HOOK) if call.view() is not None else None",
+          "view = call.view()\n    return view and view.at(call.node)"),
+    Fault("rows of (B, V, T) logits are read in the wrong order", "passes/rewriter.py",
+          "hidden = torch.movedim(hidden, view.class_dim, -1)", "hidden = torch.movedim(hidden, view.class_dim, 0)"),
+    Fault("a detached head gets a gradient", "passes/rules/elementwise.py",
+          'hidden=view.hidden.then("detach", torch.detach),', "hidden=view.hidden,"),
+    Fault("the gradient of the mean is not scaled", "cce_fx/op.py", "g * grad_total.to(g.dtype) if m", "g if m"),
+    Fault("the loss's dtype is not eager's", "passes/rewriter.py",
+          "return out if value_of(candidate.anchor).dtype == dtype else out.to(value_of(candidate.anchor).dtype)",
+          "return out"),
+    Fault("a ReLU on the logits is taken for a cast", "passes/rules/elementwise.py",
+          '@rule("contiguous")', '@rule("contiguous", torch.relu, "relu")'),
+]
+
+
+def red(fault: Fault, where: Path) -> bool:
+    """Whether the tests fail with the fault in place."""
+    path = where / fault.path
+    text = path.read_text()
+    if text.count(fault.old) < 1:
+        raise SystemExit(f"{fault.name}: {fault.path} no longer holds\n{fault.old}")
+    path.write_text(text.replace(fault.old, fault.new))
+    try:
+        tests = ["tests/test_semantics.py", "tests/test_programs.py", "tests/test_ops.py"]
+        env = {**os.environ, "PYTHONPATH": str(where), "CCE_FX_PROGRAMS": "80"}
+        command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]
+        return subprocess.run(command, cwd=where, env=env, capture_output=True).returncode == 1
+    finally:
+        path.write_text(text)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="only the faults whose name holds one of these words")
+    words = parser.parse_args().words
+    faults = [f for f in FAULTS if not words or any(w in f.name for w in words)]
+    survivors = []
+    with tempfile.TemporaryDirectory() as folder:
+        where = Path(folder) / "cce_fx"
+        ignore = shutil.ignore_patterns(".git", ".venv", "__pycache__", ".hypothesis", "out")
+        shutil.copytree(ROOT, where, symlinks=True, ignore=ignore)
+        for fault in faults:
+            killed = red(fault, where)
+            print(f"{'red ' if killed else 'GREEN'}  {fault.name}", flush=True)
+            survivors += [] if killed else [fault.name]
+    print(f"{len(faults) - len(survivors)} of {len(faults)} faults turn a test red")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
