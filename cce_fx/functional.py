@@ -88,14 +88,12 @@ def site_loss(
     else:
         row_weight = class_weight.to(dtype)[torch.where(valid, target, 0)] * valid
     w_nll = row_weight * (1 - smoothing) if smooth else row_weight
-    w_smooth = valid * (smoothing / classes) if smooth else None
+    w_smooth = valid.to(dtype) * (smoothing / classes) if smooth else None
     denominator = None
     if loss.reduction == "mean":
         denominator = row_weight.sum()
         w_nll = w_nll / denominator
         w_smooth = w_smooth / denominator if smooth else None
-    if smooth:
-        w_smooth = w_smooth.to(dtype)
     head = head_args(loss, kernel, skip_ignored=True, smooth=smooth)
     smooth_class_weight = class_weight.to(dtype) if smooth and class_weight is not None else None
     values = (hidden, weight, bias, target, smooth_class_weight, *head)

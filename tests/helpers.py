@@ -100,6 +100,8 @@ def assert_no_worse(name: str, exact: Tensor | None, eager: Tensor | None, ours:
     assert torch.equal(torch.isnan(ours), torch.isnan(eager)), f"{name}: NaN in other places"
     assert torch.equal(torch.isinf(ours), torch.isinf(eager)), f"{name}: Inf in other places"
     finite, eps = torch.isfinite(eager), torch.finfo(ours.dtype).eps
+    if ours.dtype == torch.float64:
+        eps *= 64  # the reference is no more exact than this
     exact, eager, ours = (t[finite].double() for t in (exact, eager, ours))
     if exact.numel() == 0:
         return
