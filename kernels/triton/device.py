@@ -1,0 +1,97 @@
+"""Where the kernels run: what a device offers, and how a kernel is started on it.
+
+`record()` takes the place of the device: inside it every launch is written down with its real arguments instead of
+being run, which is how the kernels are compiled ahead of time, and modelled, for machines that are not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from .machines import BY_ARCH, INTERPRETER, Machine
+
+
+class Launch(NamedTuple):
+    """One kernel start: the jitted function, its grid, its arguments by name, and warps and stages."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    options: dict[str, int]
+
+
+@dataclass
+class Recorder:
+    """The launches of a `record()` block, as if on `machine`."""
+
+    machine: Machine
+    launches: list[Launch]
+
+
+_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+
+
+@contextlib.contextmanager
+def record(machine: Machine) -> Iterator[list[Launch]]:
+    """Collect launches for `machine` instead of running them. Tensors may be on the meta device."""
+    token = _recorder.set(Recorder(machine, []))
+    try:
+        found = _recorder.get()
+        assert found is not None
+        yield found.launches
+    finally:
+        _recorder.reset(token)
+
+
+def interpreted() -> bool:
+    """Whether triton runs kernels in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
+
+
+def machine_of(device: torch.device) -> Machine:
+    """The machine behind `device`. Raises NotImplementedError where no kernel can run there."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        return recorder.machine
+    if device.type == "cuda":
+        return _gpu(device.index if device.index is not None else torch.cuda.current_device())
+    if interpreted():
+        return INTERPRETER
+    raise NotImplementedError(
+        f"the triton kernels run on CUDA and ROCm tensors, not on {device.type}; use kernels.tiled there, or set "
+        "TRITON_INTERPRET=1 before triton is imported to run them slowly on the CPU"
+    )
+
+
+@functools.cache
+def _gpu(index: int) -> Machine:
+    p = torch.cuda.get_device_properties(index)
+    if torch.version.hip:
+        base = BY_ARCH.get(p.gcnArchName.split(":")[0], BY_ARCH["gfx942"])
+    else:
+        # A capability that the table lacks is served by the newest one below it.
+        known = [m for m in BY_ARCH.values() if isinstance(m.capability, int) and m.capability <= 10 * p.major + p.minor]
+        base = max(known, key=lambda m: m.capability, default=BY_ARCH["sm_80"])
+    shared = getattr(p, "shared_memory_per_block_optin", base.shared)
+    return base.like(p.name, p.multi_processor_count, shared, getattr(p, "L2_cache_size", base.l2) or base.l2)
+
+
+def launch(device: torch.device, kernel: Any, grid: tuple[int, ...], options: dict[str, int], **args: Any) -> None:
+    """Run `kernel` over `grid` on `device`, or write it down inside `record()`. An empty grid is no launch."""
+    if 0 in grid:
+        return
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.launches.append(Launch(kernel, grid, args, options))
+        return
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](**args, **options)

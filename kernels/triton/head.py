@@ -1,0 +1,93 @@
+"""The arguments of a problem that most kernels share, and the sizes from which their grids are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..combine import local_class_weight, statistics_dtype
+from ..spec import Problem
+from .device import machine_of
+from .machines import Config, Machine
+from .rows import Rows
+
+
+@dataclass(frozen=True)
+class Head:
+    """A problem as the kernels see it."""
+
+    problem: Problem
+    machine: Machine
+    config: Config
+    class_weight: Tensor | None  # (V,) of this shard, in the dtype of the statistics; None where all are 1 or unused
+
+    @property
+    def n(self) -> int:
+        return self.problem.hidden.shape[0]
+
+    @property
+    def d(self) -> int:
+        return self.problem.hidden.shape[1]
+
+    @property
+    def v(self) -> int:
+        return self.problem.weight.shape[0]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of accumulation and of the statistics."""
+        return statistics_dtype(self.problem.hidden.dtype)
+
+    @property
+    def precision(self) -> str:
+        """How products are made: fp32 exactly, unless torch is told that TensorFloat-32 will do. See `tile.dot`."""
+        if self.machine.backend == "cpu":
+            return "wide"
+        fast = self.machine.backend == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        return "tf32" if fast and self.problem.hidden.dtype == torch.float32 else "ieee"
+
+    def args(self, rows: Rows) -> dict[str, Any]:
+        """Arguments that every kernel with tiles of logits takes."""
+        p, e = self.problem, self.problem.epilogue
+        capped = e.softcap is not None
+        return {
+            "hidden": p.hidden,
+            "weight": p.weight,
+            "bias": p.bias,
+            "class_weight": self.class_weight,
+            "index": rows.index,
+            "column": rows.column,
+            "state": rows.state,
+            "V": self.v,
+            "D": self.d,
+            "stride_hn": p.hidden.stride(0),
+            "stride_hd": p.hidden.stride(1),
+            "stride_wv": p.weight.stride(0),
+            "stride_wd": p.weight.stride(1),
+            "INNER": e.scale / e.softcap if capped else e.scale * e.post_scale,
+            "OUTER": e.softcap * e.post_scale if capped else 1.0,
+            "CAPPED": capped,
+            "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
+            "PRECISION": self.precision,
+        }
+
+    def group(self, rows: int) -> int:
+        """How many blocks of `rows` rows of hidden to walk through together: two fifths of the cache."""
+        size = rows * self.d * self.problem.hidden.element_size()
+        return max(1, int(0.4 * self.machine.l2) // max(1, size))
+
+
+def make_head(problem: Problem) -> Head:
+    """Raises NotImplementedError for a device without kernels, ValueError for an unfit `class_weight`."""
+    machine = machine_of(problem.hidden.device)
+    weights = local_class_weight(problem) if problem.smooth else None
+    return Head(problem, machine, machine.config(problem.hidden.dtype), None if weights is None else weights.contiguous())
+
+
+def cdiv(a: int, b: int) -> int:
+    return triton.cdiv(a, b)

@@ -1,0 +1,305 @@
+"""The forward: one sweep over the vocabulary per row block (arXiv 2411.09009, section 4.1 and 4.2).
+
+The vocabulary is split among programs where row blocks alone would leave multiprocessors idle. Each writes the sums of
+its part; a second kernel adds the parts of a row in their order. No locks and no atomics, so results repeat bit by bit.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..combine import total_weight
+from ..spec import Partials, Problem, Stats
+from .device import launch
+from .head import Head, cdiv, make_head
+from .rows import Rows, select
+from .tile import columns, logits, product, swizzle
+
+
+@triton.jit
+def _sweep(
+    hidden,  # (N, D)
+    weight,  # (V, D)
+    bias,  # (V,) or None
+    class_weight,  # (V,) or None
+    index,
+    column,
+    state,
+    part_max,  # (SPLITS, N)
+    part_sum,
+    part_target,
+    part_smooth,  # (SPLITS, N) sum of w (z - max)
+    part_weight,  # (SPLITS,) sum of w
+    N,
+    V,
+    D,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    blocks,
+    splits,
+    tiles,
+    GROUP,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+):
+    block, split = swizzle(tl.program_id(0), blocks, splits, GROUP)
+    count = tl.load(state)
+    if block * ROWS >= count:
+        return
+    place = block * ROWS + tl.arange(0, ROWS)
+    kept = place < count
+    row = tl.load(index + place, mask=kept, other=0)
+    target = tl.load(column + place, mask=kept, other=-1)
+    hidden_rows = hidden + row.to(tl.int64) * stride_hn
+
+    highest = tl.full((ROWS,), float("-inf"), dtype=ACC)
+    total = tl.zeros((ROWS,), dtype=ACC)
+    at_target = tl.zeros((ROWS,), dtype=ACC)
+    smooth = tl.zeros((ROWS,), dtype=ACC)
+    weights = tl.zeros((1,), dtype=ACC)
+    for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, COLS))):
+        c, inside, _ = columns(tile, None, V, COLS, EVEN_COLS, False)
+        weight_rows = weight + c.to(tl.int64) * stride_wv
+        x = product(
+            hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, PRECISION
+        )
+        z, _ = logits(x, bias, c[None, :], INNER, OUTER, CAPPED)
+        at_target += tl.sum(tl.where(inside[None, :] & (c[None, :] == target[:, None]), z, 0.0), 1)
+        if not EVEN_COLS:
+            z = tl.where(inside[None, :], z, float("-inf"))
+        now = tl.maximum(highest, tl.max(z, 1))
+        # Something finite to subtract while every logit so far is -inf.
+        shift = tl.where(now == float("-inf"), 0.0, now)
+        down = tl.where(highest == float("-inf"), 0.0, highest) - shift
+        total = total * tl.exp(tl.where(highest == float("-inf"), float("-inf"), down)) + tl.sum(
+            tl.exp(z - shift[:, None]), 1
+        )
+        if SMOOTH:
+            spread = z - shift[:, None]
+            if class_weight is not None:
+                w = tl.load(class_weight + c, mask=inside, other=0.0)
+                spread = tl.where(inside[None, :], spread * w[None, :], 0.0)
+            else:
+                w = inside.to(ACC)
+                spread = tl.where(inside[None, :], spread, 0.0)
+            smooth += weights * down + tl.sum(spread, 1)
+            weights += tl.sum(w, 0)
+        highest = now
+    out = split * tl.full((), N, tl.int64) + place
+    tl.store(part_max + out, highest, mask=kept)
+    tl.store(part_sum + out, total, mask=kept)
+    tl.store(part_target + out, at_target, mask=kept)
+    if SMOOTH:
+        tl.store(part_smooth + out, smooth, mask=kept)
+        # Every row block writes the same number.
+        tl.store(part_weight + split + tl.arange(0, 1), weights)
+
+
+@triton.jit
+def _join(
+    target,
+    index,
+    state,
+    part_max,  # (splits, N)
+    part_sum,
+    part_target,
+    part_smooth,
+    part_weight,  # (splits,)
+    total_weight,  # (1,) or None
+    out_max,  # (N,) nll, where STATS
+    out_sum,  # (N,) lse, where STATS
+    out_target,  # (N,) unused, where STATS
+    out_smooth,
+    N,
+    splits,
+    ignore_index,
+    IGNORE: tl.constexpr,
+    SKIP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    STATS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    count = tl.load(state)
+    if tl.program_id(0) * BLOCK >= count:
+        return
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    kept = place < count
+    row = tl.load(index + place, mask=kept, other=0)
+    highest = tl.full((BLOCK,), float("-inf"), dtype=ACC)
+    for split in range(0, splits):
+        highest = tl.maximum(highest, tl.load(part_max + split * tl.full((), N, tl.int64) + place, mask=kept, other=0.0))
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.zeros((BLOCK,), dtype=ACC)
+    at_target = tl.zeros((BLOCK,), dtype=ACC)
+    smooth = tl.zeros((BLOCK,), dtype=ACC)
+    weights = tl.zeros((1,), dtype=ACC)
+    for split in range(0, splits):
+        at = split * tl.full((), N, tl.int64) + place
+        part = tl.load(part_max + at, mask=kept, other=0.0)
+        total += tl.load(part_sum + at, mask=kept, other=0.0) * tl.exp(part - shift)
+        at_target += tl.load(part_target + at, mask=kept, other=0.0)
+        if SMOOTH:
+            w = tl.load(part_weight + split + tl.arange(0, 1))
+            part = tl.where(part == float("-inf"), 0.0, part)
+            smooth += tl.load(part_smooth + at, mask=kept, other=0.0) + w * (part - shift)
+            weights += w
+    if STATS:
+        log_total = tl.log(total)
+        # The differences first: lse - z_t would cancel the leading digits of two large numbers.
+        nll = (highest - at_target) + log_total
+        lse = tl.where(highest == float("inf"), highest, shift + log_total)
+        if SMOOTH:
+            smooth = tl.load(total_weight + tl.arange(0, 1)) * log_total - smooth
+        if IGNORE:
+            ignored = tl.load(target + row, mask=kept, other=0) == ignore_index
+            nll = tl.where(ignored, 0.0, nll)
+            smooth = tl.where(ignored, 0.0, smooth)
+            if SKIP:
+                lse = tl.where(ignored, 0.0, lse)
+        tl.store(out_max + row, nll, mask=kept)
+        tl.store(out_sum + row, lse, mask=kept)
+    else:
+        smooth += weights * shift
+        tl.store(out_max + row, highest, mask=kept)
+        tl.store(out_sum + row, total, mask=kept)
+        tl.store(out_target + row, at_target, mask=kept)
+    if SMOOTH:
+        tl.store(out_smooth + row, smooth, mask=kept)
+
+
+def splits_of(head: Head) -> int:
+    """Into how many parts the vocabulary is split.
+
+    Enough programs for four waves, so that blocks of ignored rows, which end at once, leave no multiprocessor idle for
+    long; and at least four tiles to a part, so that starting one costs little.
+    """
+    t = head.config.logits
+    blocks, tiles = cdiv(head.n, t.rows), cdiv(head.v, t.cols)
+    wanted = cdiv(4 * head.machine.processors, blocks)
+    return max(1, min(wanted, tiles // 4))
+
+
+def _run(problem: Problem, stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    head = make_head(problem)
+    n, device, dtype = head.n, problem.hidden.device, head.dtype
+    # Rows that are not computed keep these zeros.
+    out = [torch.zeros(n, dtype=dtype, device=device) for _ in range(2 if stats else 3)]
+    smooth = torch.zeros(n if problem.smooth else 0, dtype=dtype, device=device)
+    if n:
+        rows = select(problem)
+        parts = _parts(head, rows)
+        _join_parts(head, rows, parts, out, smooth, stats)
+    return out[0], out[1], out[-1], smooth
+
+
+def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
+    problem, t = head.problem, head.config.logits
+    tiles = cdiv(head.v, t.cols)
+    splits = splits_of(head)
+    per_split = cdiv(tiles, splits)
+    splits = cdiv(tiles, per_split)
+    shape = (splits, head.n)
+    device = problem.hidden.device
+    parts: list[Tensor | None] = [torch.empty(shape, dtype=head.dtype, device=device) for _ in range(3)]
+    parts.append(torch.empty(shape, dtype=head.dtype, device=device) if problem.smooth else None)
+    # Zeros, as a count of 0 leaves them unwritten.
+    parts.append(torch.zeros(splits, dtype=head.dtype, device=device) if problem.smooth else None)
+    blocks = cdiv(head.n, t.rows)
+    launch(
+        device,
+        _sweep,
+        (blocks * splits,),
+        t.options,
+        **head.args(rows),
+        part_max=parts[0],
+        part_sum=parts[1],
+        part_target=parts[2],
+        part_smooth=parts[3],
+        part_weight=parts[4],
+        N=head.n,
+        blocks=blocks,
+        splits=splits,
+        tiles=per_split,
+        GROUP=head.group(t.rows),
+        SMOOTH=problem.smooth,
+        ROWS=t.rows,
+        COLS=t.cols,
+        DEPTH=t.depth,
+        EVEN_COLS=head.v % t.cols == 0,
+        EVEN_DEPTH=head.d % t.depth == 0,
+    )
+    return parts
+
+
+def _join_parts(
+    head: Head, rows: Rows, parts: list[Tensor | None], out: list[Tensor], smooth: Tensor, stats: bool
+) -> None:
+    p = head.problem
+    total = None
+    if stats and p.smooth:
+        weight = total_weight(p)
+        total = (
+            weight.to(head.dtype).reshape(1)
+            if isinstance(weight, Tensor)
+            else torch.full((1,), weight, dtype=head.dtype, device=p.hidden.device)
+        )
+    assert parts[0] is not None
+    launch(
+        p.hidden.device,
+        _join,
+        (cdiv(head.n, 128),),
+        {"num_warps": 4},
+        target=p.target.contiguous(),
+        index=rows.index,
+        state=rows.state,
+        part_max=parts[0],
+        part_sum=parts[1],
+        part_target=parts[2],
+        part_smooth=parts[3],
+        part_weight=parts[4],
+        total_weight=total,
+        out_max=out[0],
+        out_sum=out[1],
+        out_target=out[-1],
+        out_smooth=smooth if p.smooth else None,
+        N=head.n,
+        splits=parts[0].shape[0],
+        ignore_index=p.ignore_index if p.ignore_index is not None else 0,
+        IGNORE=p.ignore_index is not None,
+        SKIP=p.skip_ignored,
+        SMOOTH=p.smooth,
+        STATS=stats,
+        ACC=head.args(rows)["ACC"],
+        BLOCK=128,
+    )
+
+
+def partial(problem: Problem) -> Partials:
+    """Per-row sums (N,) over the columns of this shard, in float32 (float64 for float64). See `rows.select` for errors."""
+    return Partials(*_run(problem, stats=False))
+
+
+def forward(problem: Problem) -> Stats:
+    """Stats (N,) of the whole vocabulary, in float32 (float64 for float64). See `rows.select` for errors.
+
+    Raises ValueError for a shard: combine the partials of all shards instead.
+    """
+    if problem.shard is not None:
+        raise ValueError("forward needs the whole vocabulary; combine the partials of all shards instead")
+    nll, lse, _, smooth = _run(problem, stats=True)
+    return Stats(nll, lse, smooth)

@@ -1,0 +1,186 @@
+"""What every kernel does with one tile of logits: the product, the epilogue, and the gradient. Device functions only.
+
+A tile is (A, B): A owners by B others. In the forward, owners are rows of hidden and others columns of the vocabulary;
+in the gradient of the weight it is the other way round, so that the tile is made in the layout its product needs.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, out, ACC: tl.constexpr, PRECISION: tl.constexpr):
+    """out + a @ b in ACC. PRECISION is triton's, or "wide": operands widened first, as the interpreter lacks bf16."""
+    if PRECISION == "wide":
+        return tl.dot(a.to(ACC), b.to(ACC), out, input_precision="ieee", out_dtype=ACC)
+    return tl.dot(a, b, out, input_precision=PRECISION, out_dtype=ACC)
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x in `dtype`, rounded to nearest even. The interpreter truncates to bf16, so there it is rounded by hand."""
+    if PRECISION == "wide" and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        return tl.where(x == x, rounded, x).to(dtype)
+    return x.to(dtype)
+
+
+@triton.jit
+def product(
+    a_rows,  # (A,) pointers to the first entry of each row
+    b_rows,  # (B,)
+    D,
+    stride_a,
+    stride_b,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,  # D is a multiple of DEPTH
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """a @ b.T (A, B) over the D entries of each row, accumulated in ACC."""
+    k = tl.arange(0, DEPTH)
+    a_ptr = a_rows[:, None] + (k.to(tl.int64) * stride_a)[None, :]
+    b_ptr = b_rows[:, None] + (k.to(tl.int64) * stride_b)[None, :]
+    # 64 bits also for the steps: DEPTH times the stride of a transposed weight may not fit in 32.
+    step_a = tl.full((), DEPTH, tl.int64) * stride_a
+    step_b = tl.full((), DEPTH, tl.int64) * stride_b
+    out = tl.zeros((A, B), dtype=ACC)
+    for start in range(0, D, DEPTH):
+        if EVEN_DEPTH:
+            a = tl.load(a_ptr)
+            b = tl.load(b_ptr)
+        else:
+            inside = k[None, :] < D - start
+            a = tl.load(a_ptr, mask=inside, other=0.0)
+            b = tl.load(b_ptr, mask=inside, other=0.0)
+        out = dot(a, tl.trans(b), out, ACC, PRECISION)
+        a_ptr += step_a
+        b_ptr += step_b
+    return out
+
+
+@triton.jit
+def tanh(x):
+    """tanh(x), to a few units in the last place for small x too, where 1 - exp(-2x) would cancel."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = (1.0 - e) / (1.0 + e)
+    far = tl.where(x < 0, -far, far)
+    # The Taylor series: below 1/4 each term is under a 1/39 of the one before.
+    y = x * x
+    near = y * 0.0
+    if x.dtype == tl.float64:
+        near = y * (18888466084.0 / 194896477400625.0) - 443861162.0 / 1856156927625.0
+        near = near * y + 6404582.0 / 10854718875.0
+        near = near * y - 929569.0 / 638512875.0
+        near = near * y + 21844.0 / 6081075.0
+        near = near * y - 1382.0 / 155925.0
+    near = near * y + 62.0 / 2835.0
+    near = near * y - 17.0 / 315.0
+    near = near * y + 2.0 / 15.0
+    near = (near * y - 1.0 / 3.0) * y
+    return tl.where(tl.abs(x) < 0.25, x + x * near, far)
+
+
+@triton.jit
+def columns(tile, order, V, COLS: tl.constexpr, EVEN_COLS: tl.constexpr, ORDERED: tl.constexpr):
+    """The classes of a tile of the vocabulary (COLS,) int32, which of them exist (COLS,), and where they lie in order."""
+    place = tile * COLS + tl.arange(0, COLS)
+    inside = place < V
+    column = place
+    if ORDERED:
+        column = tl.load(order + place, mask=inside, other=0)
+    elif not EVEN_COLS:
+        # Column 0 stands in for those past the end: it can be read, and what comes of it is masked.
+        column = tl.where(inside, place, 0)
+    return column, inside, place
+
+
+@triton.jit
+def logits(x, bias, column, INNER: tl.constexpr, OUTER: tl.constexpr, CAPPED: tl.constexpr):
+    """Logits z, and tanh where there is a cap (else z again), of products x; bias and column broadcast against x."""
+    if bias is not None:
+        x += tl.load(bias + column).to(x.dtype)
+    if INNER != 1.0:
+        x *= INNER
+    if CAPPED:
+        t = tanh(x)
+        return t * OUTER, t
+    return x, x
+
+
+@triton.jit
+def gradient(
+    x,
+    bias,
+    class_weight,
+    column,
+    target,
+    lse,
+    prob,
+    hit,
+    uniform,
+    inside,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    CAPPED: tl.constexpr,
+):
+    """The loss's gradient with respect to the products x; every other argument broadcasts against x.
+
+    (softmax - onehot) of arXiv 2411.09009, section 4.2, with the coefficients of `rows.Rows`.
+    """
+    z, t = logits(x, bias, column, INNER, OUTER, CAPPED)
+    out = tl.exp(z - lse) * prob
+    out = tl.where(column == target, out - hit, out)
+    if uniform is not None:
+        if class_weight is not None:
+            out -= uniform * tl.load(class_weight + column).to(x.dtype)
+        else:
+            out -= uniform
+    if CAPPED:
+        out *= 1.0 - t * t
+    return tl.where(inside, out, 0.0)
+
+
+@triton.jit
+def swizzle(pid, rows, cols, GROUP):
+    """(row, col) of a program: `GROUP` rows at a time are met by all columns, so that both stay in the cache."""
+    per_group = GROUP * cols
+    group = pid // per_group
+    first = group * GROUP
+    height = tl.minimum(rows - first, GROUP)
+    inner = pid % per_group
+    return first + inner % height, inner // height
+
+
+@triton.jit
+def rows_at(place, kept, index, column, lse, prob, hit, uniform):
+    """What the gradient needs of the rows at `place` (R,): number, target column, lse, coefficients; 0 past the end."""
+    row = tl.load(index + place, mask=kept, other=0)
+    target = tl.load(column + place, mask=kept, other=-1)
+    u = None
+    if uniform is not None:
+        u = tl.load(uniform + place, mask=kept, other=0.0)
+    return (
+        row,
+        target,
+        tl.load(lse + place, mask=kept, other=0.0),
+        tl.load(prob + place, mask=kept, other=0.0),
+        tl.load(hit + place, mask=kept, other=0.0),
+        u,
+    )
+
+
+@triton.jit
+def negligible(dx, prob, hit, eps):
+    """Whether a tile's gradient is nowhere above eps of its row's coefficient; prob and hit broadcast against dx.
+
+    The block filter of arXiv 2411.09009, section 4.3. Written so that a NaN is never negligible.
+    """
+    scale = tl.maximum(tl.abs(prob), tl.abs(hit))
+    large = (tl.abs(dx) <= eps * scale) == 0
+    return tl.max(tl.max(large.to(tl.int32), 1), 0) == 0
