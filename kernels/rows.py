@@ -17,6 +17,7 @@ class Rows:
 
     count: int  # n
     index: Tensor | None  # (n,) int64, their numbers among the N rows; None is all of them
+    skipped: Tensor | None  # (N - n,) int64, the numbers of the others
     target: Tensor  # (n,) int64, the column of this shard, or -1: ignored, or in another shard
     valid: Tensor | None  # (n,) bool, False for an ignored row that is computed all the same; None is all True
 
@@ -25,11 +26,22 @@ class Rows:
         return values[start:stop] if self.index is None else values.index_select(0, self.index[start:stop])
 
     def put(self, out: Tensor, start: int, stop: int, values: Tensor) -> None:
-        """Write rows start..stop of (N, ...) `out`."""
-        if self.index is None:
-            out[start:stop].copy_(values)
-        else:
+        """Write rows start..stop of (N, ...) `out`; nothing to do for a view that `place` gave."""
+        if self.index is not None:
             out.index_copy_(0, self.index[start:stop], values.to(out.dtype))
+        elif values.dtype != out.dtype:
+            out[start:stop].copy_(values)
+
+    def place(self, out: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """Where to sum up rows start..stop (R, D) in `dtype`: in `out` itself if its rows and dtype allow that."""
+        if self.index is None and out.dtype == dtype:
+            return out[start:stop]
+        return out.new_empty((stop - start, out.shape[1]), dtype=dtype)
+
+    def clear_skipped(self, out: Tensor | None) -> None:
+        """Zero the rows of (N, ...) `out` that are not computed."""
+        if out is not None and self.skipped is not None:
+            out.index_fill_(0, self.skipped, 0)
 
 
 def select(problem: Problem) -> Rows:
@@ -43,18 +55,18 @@ def select(problem: Problem) -> Rows:
     target = problem.target
     valid = None if problem.ignore_index is None else target != problem.ignore_index
     _check_bounds(problem, valid)
-    index = None
+    index = skipped = None
     if valid is not None and problem.skip_ignored:
         keep = valid | ~problem.hidden.sum(1).isfinite()
         if not bool(keep.all()):
-            index = keep.nonzero()[:, 0]
+            index, skipped = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
             target, valid = target[index], valid[index]
     if valid is not None:
         target = target.masked_fill(~valid, -1)
     if problem.shard:
         target = target - problem.shard.start
         target = target.masked_fill((target < 0) | (target >= problem.weight.shape[0]), -1)
-    return Rows(target.shape[0], index, target, valid)
+    return Rows(target.shape[0], index, skipped, target, valid)
 
 
 def _check_bounds(problem: Problem, valid: Tensor | None) -> None:

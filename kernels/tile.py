@@ -17,13 +17,19 @@ from .spec import Partials, Problem
 
 
 class Sums(NamedTuple):
-    """Per-row sums over some columns, relative to the largest logit so that none of them overflows or cancels."""
+    """Per-row sums over all columns, relative to the largest logit so that none of them overflows or cancels."""
 
     max: Tensor  # (R,)
     sumexp: Tensor  # (R,) sum exp(z - max)
     target_logit: Tensor  # (R,) z_t, 0 where the target is not among the columns
     smooth: Tensor | None  # (R,) sum w (z - max)
-    weight: float | Tensor  # sum w over the columns
+
+
+class Hit(NamedTuple):
+    """The targets that lie in one tile."""
+
+    column: Tensor  # (k,) int64 within the tile
+    row: Tensor  # (k,) int64 within the tile, no two alike
 
 
 class Head:
@@ -33,6 +39,7 @@ class Head:
         e = problem.epilogue
         self.dtype = statistics_dtype(problem.hidden.dtype)
         self.weight, self.bias = problem.weight, problem.bias
+        self.classes = problem.weight.shape[0]
         self.smooth = problem.smooth
         self.class_weight = local_class_weight(problem) if problem.smooth else None
         self.capped = e.softcap is not None
@@ -60,30 +67,10 @@ class Head:
             return tile
         return torch.mul(tile, self.outer, out=tile if spare is None else spare)
 
-    def reduce(self, logits: Tensor, target: Tensor, start: int) -> Sums:
-        """Sums over a tile of logits (C, R), which becomes exp(z - max)."""
-        column, inside = _locate(target, start, logits.shape[0])
-        picked = logits[column, torch.arange(column.shape[0], device=column.device)]
-        highest = logits.amax(0)
-        logits.sub_(finite(highest))
-        smooth, weight = None, 0.0
-        if self.smooth:
-            smooth, weight = self._weighted_sum(logits, start)
-        logits.exp_()
-        return Sums(highest, logits.sum(0), picked.where(inside, 0), smooth, weight)
-
-    def _weighted_sum(self, values: Tensor, start: int) -> tuple[Tensor, float | Tensor]:
-        if self.class_weight is None:
-            return values.sum(0), float(values.shape[0])
-        w = self.class_weight[start : start + values.shape[0]]
-        return values.T @ w, w.double().sum()
-
-    def gradient(self, probs: Tensor, tile: Tensor, c: Coefficients, target: Tensor, start: int) -> Tensor:
+    def gradient(self, probs: Tensor, tile: Tensor, c: Coefficients, hit: Hit | None, start: int) -> Tensor:
         """d loss / d product (C, R) from coefficient times probability, in place of `tile` (which may be `probs`)."""
-        column, inside = _locate(target, start, probs.shape[0])
-        row = torch.arange(column.shape[0], device=column.device)
-        # Each (column, row) occurs once, so this is no accumulation and has one answer.
-        probs[column, row] = probs[column, row] - c.hit.where(inside, 0)
+        if hit is not None:
+            probs[hit.column, hit.row] = probs[hit.column, hit.row] - c.hit[hit.row]
         if c.uniform is not None:
             if self.class_weight is None:
                 probs.sub_(c.uniform)
@@ -95,30 +82,71 @@ class Head:
         return tile
 
 
-def _locate(target: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
-    """Where in the tile each row's target lies (R,), and whether it does (R,) bool."""
-    column = target - start
-    return column.clamp(0, width - 1), (column >= 0) & (column < width)
+def locate(target: Tensor, chunks: list[tuple[int, int]]) -> list[Hit | None]:
+    """The targets (R,) of a block by chunk of columns; one that is -1 is in none."""
+    ordered, row = target.sort(stable=True)
+    edges = [start for start, _ in chunks] + [chunks[-1][1]]
+    cuts = torch.searchsorted(ordered, torch.tensor(edges, device=target.device)).tolist()
+    return [
+        Hit(ordered[low:high] - start, row[low:high]) if low < high else None
+        for (start, _), low, high in zip(chunks, cuts[:-1], cuts[1:], strict=True)
+    ]
 
 
-def merge(a: Sums | None, b: Sums) -> Sums:
-    """Sums over the columns of both."""
-    if a is None:
-        return b
-    highest = torch.maximum(a.max, b.max)
-    shift = finite(highest)
-    down_a, down_b = finite(a.max) - shift, finite(b.max) - shift
-    # A part without any finite logit has sumexp 0, whatever its shift.
-    sumexp = a.sumexp * torch.exp(a.max - shift) + b.sumexp * torch.exp(b.max - shift)
-    smooth = None
-    if a.smooth is not None and b.smooth is not None:
-        smooth = (a.smooth + a.weight * down_a + b.smooth + b.weight * down_b).to(a.smooth.dtype)
-    return Sums(highest, sumexp, a.target_logit + b.target_logit, smooth, a.weight + b.weight)
+class Collector:
+    """Gathers the sums of a block of R rows, tile by tile."""
+
+    def __init__(self, head: Head, rows: int, tiles: int) -> None:
+        self.head = head
+        options = {"dtype": head.dtype, "device": head.weight.device}
+        self.max = torch.empty(tiles, rows, **options)  # of each tile
+        self.sumexp = torch.empty(tiles, rows, **options)
+        self.target_logit = torch.zeros(rows, **options)
+        self.smooth = torch.empty(tiles, rows, **options) if head.smooth else None
+        self.weight: list[float | Tensor] = [0.0] * tiles
+
+    def add(self, number: int, logits: Tensor, hit: Hit | None, start: int) -> None:
+        """Take in tile `number`, logits (C, R) from column `start` on, which become exp(z - the tile's maximum)."""
+        if hit is not None:
+            self.target_logit[hit.row] = logits[hit.column, hit.row]
+        torch.amax(logits, 0, out=self.max[number])
+        logits.sub_(finite(self.max[number]))
+        if self.smooth is not None:
+            self._weigh(number, logits, start)
+        torch.sum(logits.exp_(), 0, out=self.sumexp[number])
+
+    def _weigh(self, number: int, shifted: Tensor, start: int) -> None:
+        if self.head.class_weight is None:
+            torch.sum(shifted, 0, out=self.smooth[number])
+            self.weight[number] = float(shifted.shape[0])
+        else:
+            w = self.head.class_weight[start : start + shifted.shape[0]]
+            torch.mv(shifted.T, w, out=self.smooth[number])
+            self.weight[number] = w.double().sum()
+
+    def sums(self) -> Sums:
+        highest = self.max.amax(0)
+        shift = finite(highest)
+        # A tile without any finite logit has sumexp 0, whatever it was shifted by.
+        sumexp = (self.sumexp * torch.exp(self.max - shift)).sum(0)
+        smooth = None
+        if self.smooth is not None:
+            weight = torch.stack([torch.as_tensor(w, dtype=torch.float64, device=shift.device) for w in self.weight])
+            down = finite(self.max).double() - shift.double()
+            smooth = (self.smooth.double() + weight[:, None] * down).sum(0).to(shift.dtype)
+        return Sums(highest, sumexp, self.target_logit, smooth)
 
 
-def partials(sums: Sums) -> Partials:
-    """The public form of `sums`, whose `smooth` is of the logits themselves."""
+def partials(sums: Sums, weight: float | Tensor) -> Partials:
+    """The public form of `sums`, whose `smooth` is of the logits themselves; `weight` is the columns' sum of w."""
     smooth = sums.max.new_zeros(0)
     if sums.smooth is not None:
-        smooth = (sums.smooth.double() + sums.weight * finite(sums.max).double()).to(sums.max.dtype)
+        smooth = (sums.smooth.double() + weight * finite(sums.max).double()).to(sums.max.dtype)
     return Partials(sums.max, sums.sumexp, sums.target_logit, smooth)
+
+
+def concatenate(blocks: list[Sums], problem: Problem) -> Sums:
+    """Sums of all blocks' rows; of no rows where there are no blocks."""
+    none = problem.hidden.new_empty(0, dtype=statistics_dtype(problem.hidden.dtype))
+    parts = list(zip(Sums(none, none, none, none if problem.smooth else None), *blocks, strict=True))
+    return Sums(*(torch.cat(p) for p in parts[:3]), torch.cat(parts[3]) if problem.smooth else None)

@@ -10,19 +10,20 @@ from torch import Tensor
 
 from .combine import combine as combine  # part of this module's interface
 from .combine import finish as finish
-from .combine import log_sum_exp, mask_ignored
+from .combine import local_class_weight, log_sum_exp, mask_ignored
+from .held import held
 from .plan import make_plan
 from .rows import Rows, coefficients, select
 from .spec import Grads, Needs, Partials, Problem, RowGrads, Stats
-from .sweeps import held, recompute, sweep
-from .tile import Sums, partials
+from .sweeps import new_grads, recompute, sweep
+from .tile import Sums, concatenate, partials
 
 
 def partial(problem: Problem) -> Partials:
     """Per-row sums (N,) over the columns of this shard."""
     _check(problem)
     rows = select(problem)
-    found = partials(sweep(problem, rows))
+    found = partials(concatenate(sweep(problem, rows), problem), _local_weight(problem))
     smooth = _spread(found.smooth, rows, problem) if problem.smooth else found.smooth
     return Partials(*(_spread(t, rows, problem) for t in found[:3]), smooth)
 
@@ -32,7 +33,7 @@ def forward(problem: Problem) -> Stats:
     _check(problem)
     _whole_vocabulary(problem)
     rows = select(problem)
-    return _stats(problem, rows, sweep(problem, rows))
+    return _stats(problem, rows, concatenate(sweep(problem, rows), problem))
 
 
 def backward(problem: Problem, lse: Tensor, grads: RowGrads, needs: Needs) -> Grads:
@@ -43,7 +44,11 @@ def backward(problem: Problem, lse: Tensor, grads: RowGrads, needs: Needs) -> Gr
     if not any(needs):
         return Grads(None, None, None)
     c = coefficients(problem, rows, grads)
-    return recompute(problem, rows, rows.take(lse, 0, lse.shape[0]), c, needs)
+    out = new_grads(problem, rows, needs)
+    if rows.count:
+        recompute(problem, rows, rows.take(lse, 0, lse.shape[0]), c, needs, out)
+    rows.clear_skipped(out.hidden)
+    return out
 
 
 def forward_backward(problem: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
@@ -53,15 +58,18 @@ def forward_backward(problem: Problem, grads: RowGrads, needs: Needs) -> tuple[S
     rows = select(problem)
     needs = _possible(problem, needs)
     if not any(needs):
-        return _stats(problem, rows, sweep(problem, rows)), Grads(None, None, None)
-    c = coefficients(problem, rows, grads)
-    plan = make_plan(problem, rows, needs)
-    if plan.held_rows:
-        sums, found = held(problem, rows, c, needs, plan)
-        return _stats(problem, rows, sums), found
-    sums = sweep(problem, rows)
-    lse = log_sum_exp(sums.max, sums.sumexp.log())
-    return _stats(problem, rows, sums), recompute(problem, rows, lse, c, needs)
+        return _stats(problem, rows, concatenate(sweep(problem, rows), problem)), Grads(None, None, None)
+    c, out = coefficients(problem, rows, grads), new_grads(problem, rows, needs)
+    blocks = held(problem, rows, c, make_plan(problem, rows, needs), out)
+    done = sum(b.max.shape[0] for b in blocks)
+    if done < rows.count:
+        blocks += sweep(problem, rows, done)
+    sums = concatenate(blocks, problem)
+    if done < rows.count:
+        lse = log_sum_exp(sums.max[done:], sums.sumexp[done:].log())
+        recompute(problem, rows, lse, c, needs, out, done)
+    rows.clear_skipped(out.hidden)
+    return _stats(problem, rows, sums), out
 
 
 def _check(problem: Problem) -> None:
@@ -77,6 +85,12 @@ def _whole_vocabulary(problem: Problem) -> None:
         raise ValueError("a Shard has no statistics of its own: use partial() on each, then combine() and finish()")
 
 
+def _local_weight(problem: Problem) -> float | Tensor:
+    """sum_c w_c over this shard's columns."""
+    weights = local_class_weight(problem)
+    return float(problem.weight.shape[0]) if weights is None else weights.double().sum()
+
+
 def _possible(problem: Problem, needs: Needs) -> Needs:
     return needs._replace(bias=needs.bias and problem.bias is not None)
 
@@ -87,7 +101,7 @@ def _stats(problem: Problem, rows: Rows, sums: Sums) -> Stats:
     nll = (sums.max - sums.target_logit) + log_sum
     smooth = sums.max.new_zeros(0)
     if sums.smooth is not None:
-        smooth = (sums.weight * log_sum.double() - sums.smooth.double()).to(nll.dtype)
+        smooth = (_local_weight(problem) * log_sum.double() - sums.smooth.double()).to(nll.dtype)
         smooth = _spread(smooth, rows, problem)
     lse = log_sum_exp(sums.max, log_sum)
     return mask_ignored(Stats(_spread(nll, rows, problem), _spread(lse, rows, problem), smooth), problem)

@@ -1,0 +1,193 @@
+"""Sums and gradients in one go, while a block of rows holds its logits over the whole vocabulary: 6NDV operations.
+
+The more rows a block has, the nearer its products come to their full speed, and what a block may hold is little. So a
+result's own memory serves as room for logits as long as it holds no result yet: the gradient of the weight until the
+first block is added to it, and the gradient of hidden beyond the rows that are done.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .combine import finite
+from .plan import FEWEST_HELD_ROWS, ROW_STEP, Plan, held_columns, spans, step_down
+from .rows import Coefficients, Rows
+from .spec import Grads, Problem
+from .sweeps import accumulate, add_weight, bias_sum, tile_of
+from .tile import Collector, Head, Sums, locate
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows first..last with a place for each tile of their logits."""
+
+    first: int
+    last: int
+    chunks: list[tuple[int, int]]
+    tiles: list[Tensor]  # (C, R) each
+    spare: Tensor | None  # flat, for one tile
+
+
+def held(problem: Problem, rows: Rows, c: Coefficients, plan: Plan, out: Grads) -> list[Sums]:
+    """Sums, block by block, and gradients into `out`, of the first rows: as many as are best done in this way.
+
+    How many rows were done is told by the sums. None is where too few rows fit, or where the weight's gradient would be
+    rounded more than once.
+    """
+    head, storage = Head(problem), _Storage(problem, rows, plan, out)
+    blocks: list[Sums] = []
+    bias = bias_sum(out.bias, head)
+    first = 0
+    while first < rows.count:
+        block = storage.block(first)
+        if block is None:
+            break
+        blocks.append(_block(problem, rows, c, head, out._replace(bias=bias), block))
+        first = block.last
+    if bias is not None and bias is not out.bias and first:
+        out.bias.copy_(bias)
+    return blocks
+
+
+def _block(problem: Problem, rows: Rows, c: Coefficients, head: Head, out: Grads, block: Block) -> Sums:
+    """Sums of one block; its gradients are written or added to `out`."""
+    first, last = block.first, block.last
+    hidden, c = rows.take(problem.hidden, first, last).to(head.dtype), c[first:last]
+    hits = locate(rows.target[first:last], block.chunks)
+    collector = Collector(head, last - first, len(block.tiles))
+    for number, ((start, stop), tile) in enumerate(zip(block.chunks, block.tiles, strict=True)):
+        head.product(tile, head.columns(start, stop), hidden, start)
+        collector.add(number, head.logits(tile, _like(block.spare, tile)), hits[number], start)
+    sums = collector.sums()
+    d_hidden = None if out.hidden is None else rows.place(out.hidden, first, last, head.dtype)
+    # Backwards: a tile may lie where the weight's gradient of the chunk before it goes.
+    for number in reversed(range(len(block.tiles))):
+        (start, stop), tile = block.chunks[number], block.tiles[number]
+        probs = _probabilities(head, tile, collector.max[number], sums, c.prob, block.spare)
+        tile = head.gradient(probs, tile, c, hits[number], start)
+        if d_hidden is not None:
+            accumulate(d_hidden, tile.T, head.columns(start, stop), number == len(block.tiles) - 1)
+        if out.weight is not None:
+            add_weight(out.weight[start:stop], tile, hidden, first == 0)
+        if out.bias is not None:
+            out.bias[start:stop] += tile.sum(1)
+    if d_hidden is not None:
+        rows.put(out.hidden, first, last, d_hidden)
+    return sums
+
+
+def _probabilities(
+    head: Head, tile: Tensor, peak: Tensor, sums: Sums, coefficient: Tensor, spare: Tensor | None
+) -> Tensor:
+    """coefficient * softmax of a tile (C, R), in place, or in `spare` where the tile holds tanh."""
+    factor, highest = coefficient / sums.sumexp, finite(sums.max)
+    if not head.capped:
+        return tile.mul_(torch.exp(peak - highest) * factor)
+    return head.logits(tile, _like(spare, tile)).sub_(highest).exp_().mul_(factor)
+
+
+def _like(spare: Tensor | None, tile: Tensor) -> Tensor | None:
+    return None if spare is None else tile_of(spare, *tile.shape)
+
+
+class _Storage:
+    """Finds room for the logits of one block after the other."""
+
+    def __init__(self, problem: Problem, rows: Rows, plan: Plan, out: Grads) -> None:
+        self.plan, self.rows, self.out, self.like = plan, rows, out, problem.hidden
+        self.classes, self.width = problem.weight.shape
+        self.head_dtype = torch.float64 if problem.hidden.dtype == torch.float64 else torch.float32
+        self.same = problem.hidden.dtype == self.head_dtype
+        self.buffer = self.spare = None
+
+    def block(self, first: int) -> Block | None:
+        """The next block, or None where it would be better not to hold it."""
+        left = self.rows.count - first
+        most = self._most(first)
+        if first == 0 and self.same and self.out.weight is not None and most < left:
+            count = min(left, step_down(self.width))
+            columns = self._columns(count)
+            if count > most and columns >= min(self.classes, 64) and self._worth(count, left):
+                return self._in_weight(count, columns)
+        if not self._worth(most, left) or (not self.same and self.out.weight is not None and most < left):
+            return None
+        # As equal as can be: a last block of few rows would be slow.
+        count = min(most, -(-left // -(-left // most) // ROW_STEP) * ROW_STEP if most < left else left)
+        return self._in_workspace(first, count)
+
+    def _worth(self, count: int, left: int) -> bool:
+        return count >= min(left, FEWEST_HELD_ROWS)
+
+    def _columns(self, count: int) -> int:
+        """Columns of a tile of `count` rows that leaves the workspace room for what goes with it."""
+        p = self.plan
+        room = (p.elements - p.per_row * count) // (p.tiles * max(count, 1) + p.per_column)
+        return min(held_columns(count, self.classes, p.elements), max(room, 0))
+
+    def _tail(self, last: int) -> Tensor | None:
+        """The part of the gradient of hidden where nothing is written before row `last` is done, flat."""
+        if self.out.hidden is None or not self.same:
+            return None
+        free = self.rows.count - last
+        return self.out.hidden[self.out.hidden.shape[0] - free :].view(-1)
+
+    def _most(self, first: int) -> int:
+        """How many rows fit into the workspace and the tail."""
+        left, p = self.rows.count - first, self.plan
+        tail = self.width if self._tail(first) is not None else 0
+        count = left
+        for _ in range(3):  # the columns of a tile depend on its rows, and those on the room beside tiles
+            columns = self._columns(max(count, 1))
+            room = p.elements - p.per_column * columns + tail * left
+            lost = columns if tail else 0  # the part of a tile at the end of the workspace
+            each = self.classes + lost + tail + (p.tiles - 1) * columns + p.per_row
+            if self.buffer is None and left * (each - lost - tail) <= p.elements - p.per_column * columns:
+                return left
+            count = min(left, step_down(max(room, 0) // each))
+        return count
+
+    def _in_weight(self, count: int, columns: int) -> Block:
+        """The first block: each tile lies where the weight's gradient of the chunk before it will be written."""
+        chunks, flat = spans(self.classes, columns), self.out.weight.view(-1)
+        tiles = [self._new(count * columns)[: count * (chunks[0][1])].view(-1, count)]
+        for (start, stop), (before, _) in zip(chunks[1:], chunks, strict=False):
+            tiles.append(tile_of(flat[before * self.width :], stop - start, count))
+        spare = self._new(count * columns) if self.plan.tiles > 1 else None
+        return Block(0, count, chunks, tiles, spare)
+
+    def _in_workspace(self, first: int, count: int) -> Block:
+        while True:
+            columns = self._columns(count)
+            chunks = spans(self.classes, columns)
+            if self.buffer is None:
+                whole = self.plan.elements - self.plan.beside(count, columns)
+                self.buffer = self._new(min(whole, count * self.classes))
+                self.spare = self._new(count * columns) if self.plan.tiles > 1 else None
+            segments = [self.buffer, self._tail(first + count)]
+            tiles = _fill([s for s in segments if s is not None], chunks, count)
+            if tiles is not None and (self.spare is None or count * columns <= self.spare.numel()):
+                return Block(first, first + count, chunks, tiles, self.spare)
+            if tiles is not None:
+                self.spare = self._new(count * columns)
+                return Block(first, first + count, chunks, tiles, self.spare)
+            count -= min(ROW_STEP, count - 1)
+
+    def _new(self, elements: int) -> Tensor:
+        return self.like.new_empty(elements, dtype=self.head_dtype)
+
+
+def _fill(segments: list[Tensor], chunks: list[tuple[int, int]], rows: int) -> list[Tensor] | None:
+    """A tile for each chunk, in the first segment that has room; None if they do not fit."""
+    tiles, used, where = [], 0, 0
+    for start, stop in chunks:
+        size = (stop - start) * rows
+        while where < len(segments) and segments[where].numel() - used < size:
+            where, used = where + 1, 0
+        if where == len(segments):
+            return None
+        tiles.append(tile_of(segments[where][used:], stop - start, rows))
+        used += size
+    return tiles
