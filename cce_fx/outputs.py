@@ -38,6 +38,15 @@ class LazyOutput:
     chain: GraphModule  # (hidden, *inputs) -> logits
     hidden: Source
     inputs: tuple[Source, ...]
+    rowwise: bool  # each row of hidden gives its row of logits
+    classes: int
+    dtype: torch.dtype
+
+    def like(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """A meta tensor of the logits' shape, strides and dtype, where they follow from hidden's."""
+        if not self.rowwise:
+            return None
+        return torch.empty((*hidden.shape[:-1], self.classes), dtype=self.dtype, device="meta")
 
 
 @dataclass(frozen=True)
@@ -90,7 +99,7 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
             sources.append(Source("output", results.index(needed)))
         if results[index] is node:
             results[index] = None
-        made.append(LazyOutput(index, view.linear.name, chain, sources[0], tuple(sources[1:])))
+        made.append(LazyOutput(index, view.linear.name, chain, sources[0], tuple(sources[1:]), *_layout(node, view)))
     output.args = (tuple(results),)
     if "example_value" in output.meta:
         output.meta["example_value"] = tuple(value_of(r) for r in results)
@@ -99,6 +108,12 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
     gm.graph.lint()
     gm.recompile()
     return CutOutputs(tuple(made), total)
+
+
+def _layout(node: Node, view: LogitsView) -> tuple[bool, int, torch.dtype]:
+    value = value_of(node)
+    rowwise = not view.hidden.steps and view.class_dim == len(view.shape) - 1 and value.is_contiguous()
+    return rowwise, view.classes, value.dtype
 
 
 def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], policy: Policy) -> bool:
@@ -169,7 +184,7 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
         for output in cut.lazy:
             hidden = places[output.hidden.kind][output.hidden.index]
             inputs = tuple(places[s.kind][s.index] for s in output.inputs)
-            results[output.index] = LazyLogits.make(HeadChain(hidden, inputs, output.chain), None)
+            results[output.index] = LazyLogits.make(HeadChain(hidden, inputs, output.chain, output.rowwise), output.like(hidden))
         return results[: cut.results]
 
     return call

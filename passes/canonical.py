@@ -62,6 +62,12 @@ def _functions() -> dict[Any, str]:
             function = getattr(space, name, None)
             if callable(function):
                 found[function] = _ALIASES.get(name, name)
+        method = getattr(torch.Tensor, f"__{name}__", None)
+        if method is not None:
+            found[method] = _ALIASES.get(name, name)
+    for name in ("argmax", "argmin", "max", "min", "amax", "topk"):
+        found |= {getattr(torch, name): name, getattr(torch.Tensor, name): name}
+    found[torch.Tensor.__rmul__] = "mul"
     return found
 
 
@@ -82,10 +88,15 @@ def canonical(node: Node) -> str | Callable[..., Any] | None:
         return target.name()
     if isinstance(target, torch._ops.OpOverloadPacket):
         return _ALIASES.get(target.__name__, target.__name__)
+    return canonical_callable(target)
+
+
+def canonical_callable(function: Callable[..., Any]) -> str | Callable[..., Any]:
+    """The name of a function or method descriptor, or itself where it has none."""
     try:
-        return _functions().get(target, target)
+        return _functions().get(function, function)
     except TypeError:  # an unhashable callable
-        return target
+        return function
 
 
 def mutated_arguments(node: Node) -> list[Node]:
@@ -103,21 +114,26 @@ def mutated_arguments(node: Node) -> list[Node]:
         return written
     if isinstance(target, torch._ops.HigherOrderOperator):
         return node.all_input_nodes if "mutation" in target.name() else written
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
-    inplace = (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace") is True
-    if node.op == "call_method":
-        inplace = inplace or name == "__setitem__" or (name.startswith("__i") and name not in ("__invert__", "__index__"))
-    else:
-        inplace = inplace or name == "setitem" or target in _INPLACE_OPERATORS
     first = node.args[0] if node.args else None
-    if inplace and isinstance(first, Node) and name not in _HARMLESS:
+    inplace = is_inplace_name(target) if isinstance(target, str) else is_inplace_callable(target)
+    if isinstance(first, Node) and (inplace or node.kwargs.get("inplace") is True):
         written.append(first)
     return written
 
 
 _HARMLESS = {"requires_grad_"}
-_INPLACE_OPERATORS = {
-    getattr(operator, name)
-    for name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split()
-}
+_INPLACE = "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift setitem".split()
+_INPLACE_METHODS = {f"__{name}__" for name in _INPLACE}
+_INPLACE_OPERATORS = {getattr(operator, name) for name in _INPLACE}
+
+
+def is_inplace_name(method: str) -> bool:
+    """Whether a Tensor method of that name writes to its tensor."""
+    named = method.endswith("_") and not method.endswith("__") and method not in _HARMLESS
+    return named or method in _INPLACE_METHODS
+
+
+def is_inplace_callable(function: Callable[..., Any]) -> bool:
+    """Whether a function or method descriptor writes to its first argument."""
+    return function in _INPLACE_OPERATORS or is_inplace_name(getattr(function, "__name__", ""))
 

@@ -1,0 +1,82 @@
+"""A loss taken outside the compiled graph, of lazy logits: cut by the very pass that cuts it inside.
+
+The head chain, the lazy operations and the loss are written into a small fx graph, which goes through the pass. What the
+pass declines reads the logits and runs as it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule
+
+from .passes import Policy, fakes
+from .passes.pipeline import apply
+
+if TYPE_CHECKING:
+    from .lazy import HeadChain, LazyLogits
+
+_CACHE_SIZE = 64
+
+
+def cut_loss(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The loss `func(lazy, *args, **kwargs)` without the logits, or NotImplemented."""
+    chain = lazy.chain
+    if chain is None or torch.is_inference_mode_enabled() or not _plain_arguments(args, kwargs):
+        return NotImplemented
+    lazy.check_fresh()
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    values = [chain.hidden, *chain.inputs, *tensors]
+    cache: dict[Any, GraphModule | None] = chain.run.meta.setdefault("cce_fx_losses", {})
+    key = (lazy.ops, func, _signature(args), _signature(kwargs.values()), tuple(kwargs), torch.is_grad_enabled(),
+           lazy._requires_grad(), tuple(_describe(v) for v in values))  # fmt: skip
+    if key not in cache:
+        if len(cache) >= _CACHE_SIZE:
+            cache.clear()
+        cache[key] = _compile(chain, lazy, func, args, kwargs, values)
+    loss = cache[key]
+    if loss is None:
+        return NotImplemented
+    with torch.autocast(lazy.device.type, enabled=False):
+        return loss(*values)
+
+
+def _plain_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    from .lazy import LazyLogits
+
+    return not any(isinstance(a, LazyLogits) for a in (*args, *kwargs.values()))
+
+
+def _signature(values: Any) -> tuple[Any, ...]:
+    return tuple("tensor" if isinstance(v, Tensor) else v for v in values)
+
+
+def _describe(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
+
+
+def _compile(
+    chain: HeadChain, lazy: LazyLogits, func: Callable[..., Any], args: Any, kwargs: Any, values: list[Any]
+) -> GraphModule | None:
+    graph = Graph()
+    inputs = [graph.placeholder(f"in{i}") for i in range(len(values))]
+    head = 1 + len(chain.inputs)
+    old = [n for n in chain.run.graph.nodes if n.op == "placeholder"]
+    copies = dict(zip(old, inputs[:head], strict=True))
+    node = graph.graph_copy(chain.run.graph, copies)
+    for op in lazy.ops:
+        node = graph.call_function(op.func, (node, *op.args), dict(op.kwargs))
+    rest = iter(inputs[head:])
+    args = tuple(next(rest) if isinstance(a, Tensor) else a for a in args)
+    kwargs = {k: next(rest) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
+    graph.output(graph.call_function(func, (node, *args), kwargs))
+    gm = GraphModule(chain.run, graph)
+    with torch.set_grad_enabled(torch.is_grad_enabled()), torch.autocast(lazy.device.type, enabled=False):
+        fakes.ensure(gm, values)
+        report, _ = apply(gm, Policy(min_vocab=0))
+    return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None

@@ -1,0 +1,182 @@
+"""Which operations on `LazyLogits` stay lazy, which run block by block, and which are losses to be cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .passes.canonical import canonical_callable, is_inplace_callable
+
+if TYPE_CHECKING:
+    from .lazy import LazyLogits
+
+_GET = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_sparse",
+        "is_quantized", "is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "is_nested", "is_mkldnn", "is_vulkan")  # fmt: skip
+_ASK = ("size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex", "element_size",
+        "storage_offset", "get_device", "is_inference", "__len__", "ndimension", "is_signed", "is_same_size")  # fmt: skip
+METADATA = {
+    *(getattr(Tensor, name).__get__ for name in _GET if hasattr(Tensor, name)),
+    *(getattr(Tensor, name) for name in _ASK),
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+
+# Operations by canonical name that stay lazy: they move rows about, cast, or scale.
+_VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
+          "getitem", "narrow", "select", "detach", "view_as"}  # fmt: skip
+_VALUES = {"contiguous", "to", "float", "double", "half", "bfloat16", "type", "type_as", "mul", "div", "log_softmax"}
+_REDUCTIONS = {"argmax", "max", "topk", "logsumexp", "argmin", "min", "amax"}
+_LOSSES = {"cross_entropy", "nll_loss"}
+BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class Op:
+    """A function and its arguments other than the tensor itself."""
+
+    name: str
+    func: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+
+    def apply(self, x: Tensor) -> Any:
+        return self.func(x, *self.args, **dict(self.kwargs))
+
+    @property
+    def detaches(self) -> bool:
+        return self.name == "detach"
+
+    @property
+    def is_alias(self) -> bool:
+        return self.name in _VIEWS
+
+
+def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes its first argument in place."""
+    return is_inplace_callable(func) or kwargs.get("out") is not None or kwargs.get("inplace") is True
+
+
+def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation that need not read the logits, or NotImplemented."""
+    from .lazy import LazyLogits
+
+    name = canonical_callable(func)
+    if not isinstance(name, str) or not args:
+        return NotImplemented
+    if name == "mul" and not isinstance(args[0], LazyLogits) and len(args) == 2:
+        args = (args[1], args[0])
+    lazy = args[0]
+    if not isinstance(lazy, LazyLogits) or lazy.chain is None:
+        return NotImplemented
+    if name in _LOSSES:
+        from .lazy_loss import cut_loss
+
+        return cut_loss(lazy, func, args[1:], kwargs)
+    if any(isinstance(a, LazyLogits) for a in (*args[1:], *kwargs.values())):
+        return NotImplemented
+    if name in _REDUCTIONS:
+        return _by_blocks(lazy, name, func, args[1:], kwargs)
+    if name not in _VIEWS and name not in _VALUES:
+        return NotImplemented
+    return _lazily(lazy, name, func, args[1:], kwargs)
+
+
+def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    if not _harmless(name, lazy, args, kwargs):
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        like = torch.empty_strided(lazy.size(), lazy.stride(), dtype=lazy.dtype, device="meta")
+        here, args_on_meta = lazy.device, args
+    if name == "to":
+        args_on_meta = tuple(a.dtype if isinstance(a, Tensor) else a for a in args if not _is_device(a))
+        if any(_is_device(a) and torch.device(a) != here for a in (*args, kwargs.get("device", here))):
+            return NotImplemented
+        kwargs_on_meta = {k: v for k, v in kwargs.items() if k != "device"}
+        made = func(like, *args_on_meta, **kwargs_on_meta) if args_on_meta or kwargs_on_meta else like
+    elif name == "type_as":
+        made = like.to(args[0].dtype)
+    else:
+        made = func(like, *args, **kwargs)
+    if not isinstance(made, Tensor) or not made.dtype.is_floating_point:
+        return NotImplemented
+    if made is like and name in ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous"):
+        return lazy
+    return lazy._derive(Op(name, func, tuple(args), tuple(kwargs.items())), made)
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, (torch.device, str))
+
+
+def _harmless(name: str, lazy: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments are ones under which the operation only moves, casts or scales."""
+    if name in ("mul", "div"):
+        number = len(args) == 1 and isinstance(args[0], (int, float)) and not isinstance(args[0], bool)
+        return number and args[0] != 0 and not kwargs
+    if name == "getitem":
+        index = args[0] if isinstance(args[0], tuple) else (args[0],)
+        return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index)
+    if name == "type_as":
+        return isinstance(args[0], Tensor) and args[0].device == lazy.device
+    if name == "type":
+        return bool(args) and isinstance(args[0], torch.dtype)
+    if name == "view":
+        return not any(isinstance(a, torch.dtype) for a in args)
+    if name in ("reshape_as", "view_as"):
+        return False
+    return not any(isinstance(a, Tensor) for a in (*args, *kwargs.values())) or name == "to"
+
+
+def _by_blocks(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
+    """A reduction over the vocabulary of whole rows, block by block; NotImplemented where it is something else.
+
+    With a gradient to keep, the logits are read instead: only indices (argmax, argmin) never have one.
+    """
+    indices = name in ("argmax", "argmin")
+    chain = lazy.chain
+    if chain is None or not chain.rowwise or not _rows_intact(lazy):
+        return NotImplemented
+    if lazy._requires_grad() and torch.is_grad_enabled() and not indices:
+        return NotImplemented
+    dim = kwargs.get("dim", args[1 if name == "topk" else 0] if len(args) > (name == "topk") else None)
+    if name == "topk" and dim is None:
+        dim = -1
+    if not isinstance(dim, int) or dim not in (-1, lazy.dim() - 1) or lazy.dim() != chain.hidden.dim():
+        return NotImplemented
+    lazy.check_fresh()
+    hidden = chain.hidden.detach().flatten(0, -2) if chain.hidden.dim() > 1 else chain.hidden.detach()[None]
+    classes = lazy.size(-1)
+    step = max(1, BLOCK_BYTES // (classes * lazy.element_size()))
+    inputs = [x.detach() if isinstance(x, Tensor) else x for x in chain.inputs]
+    parts = []
+    with torch.no_grad(), torch.autocast(lazy.device.type, enabled=False):
+        for rows in hidden.split(step):
+            block = chain.run(rows, *inputs)
+            for op in lazy.ops:
+                block = op.apply(block)
+            parts.append(func(block, *_last(args, dim), **({**kwargs, "dim": -1} if "dim" in kwargs else kwargs)))
+    return _joined(parts, tuple(chain.hidden.shape[:-1]))
+
+
+def _last(args: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
+    return tuple(-1 if type(a) is int and a == dim and at == len(args) - 1 else a for at, a in enumerate(args))
+
+
+def _joined(parts: list[Any], rows: tuple[int, ...]) -> Any:
+    if isinstance(parts[0], Tensor):
+        whole = torch.cat(parts)
+        return whole.view(*rows, *whole.shape[1:])
+    return type(parts[0])([_joined(list(column), rows) for column in zip(*parts, strict=True)])
+
+
+def _rows_intact(lazy: LazyLogits) -> bool:
+    """Whether only casts and scales lie between the root and this tensor."""
+    return all(op.name in _VALUES or op.name == "detach" for op in lazy.ops)
+
+
+__all__ = ["METADATA", "Op", "stay_lazy", "writes"]
