@@ -135,18 +135,21 @@ class _Storage:
         return self.out.hidden[self.out.hidden.shape[0] - free :].view(-1)
 
     def _most(self, first: int) -> int:
-        """How many rows fit into the workspace and the tail."""
-        left, p = self.rows.count - first, self.plan
+        """How many rows fit into the workspace, and the tail where that helps."""
+        left = self.rows.count - first
         tail = self.width if self._tail(first) is not None else 0
-        count = left
+        return min(left, max(self._fitting(left, 0), self._fitting(left, tail)))
+
+    def _fitting(self, left: int, tail: int) -> int:
+        """How many of `left` rows fit into the workspace and `tail` elements for each row after them."""
+        p, count = self.plan, left
         for _ in range(3):  # the columns of a tile depend on its rows, and those on the room beside tiles
             columns = self._columns(max(count, 1))
             room = p.elements - p.per_column * columns + tail * left
             lost = columns if tail else 0  # the part of a tile at the end of the workspace
             each = self.classes + lost + tail + (p.tiles - 1) * columns + p.per_row
-            if self.buffer is None and left * (each - lost - tail) <= p.elements - p.per_column * columns:
-                return left
-            count = min(left, step_down(max(room, 0) // each))
+            fits = max(room, 0) // each
+            count = left if fits >= left else step_down(fits)
         return count
 
     def _in_weight(self, count: int, columns: int) -> Block:
