@@ -1,4 +1,7 @@
 """The kernels for CUDA and ROCm, in Triton. See `..spec` for the contract."""
 
+from .backward import backward as backward
+from .backward import forward_backward as forward_backward
+from .filtering import Filter as Filter
 from .sweep import forward as forward
 from .sweep import partial as partial

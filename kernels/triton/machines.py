@@ -143,5 +143,5 @@ BY_ARCH = {m.arch: m for m in (A100, RTX3090, L40S, H100, B200, MI300X)}
 INTERPRETER = Machine(
     name="interpreter", arch="cpu", backend="cpu", capability="cpu", warp=1, processors=4, shared=_M, l2=_M,
     flops16=1e9, flops32=1e9, flops_tf32=1e9, flops64=1e9, memory_rate=1e9, l2_rate=1e9,
-    configs={k: _SMALL for k in ("16", "32", "64")},
+    configs=dict.fromkeys(("16", "32", "64"), _SMALL),
 )  # fmt: skip

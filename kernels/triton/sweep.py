@@ -122,7 +122,7 @@ def _join(
     total_weight,  # (1,) or None
     out_max,  # (N,) nll, where STATS
     out_sum,  # (N,) lse, where STATS
-    out_target,  # (N,) unused, where STATS
+    out_target,  # (N,), or None where STATS
     out_smooth,
     N,
     splits,
@@ -194,17 +194,19 @@ def splits_of(head: Head) -> int:
     return max(1, min(wanted, tiles // 4))
 
 
-def _run(problem: Problem, stats: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _run(problem: Problem, stats: bool) -> list[Tensor]:
     head = make_head(problem)
-    n, device, dtype = head.n, problem.hidden.device, head.dtype
-    # Rows that are not computed keep these zeros.
-    out = [torch.zeros(n, dtype=dtype, device=device) for _ in range(2 if stats else 3)]
-    smooth = torch.zeros(n if problem.smooth else 0, dtype=dtype, device=device)
-    if n:
-        rows = select(problem)
-        parts = _parts(head, rows)
-        _join_parts(head, rows, parts, out, smooth, stats)
-    return out[0], out[1], out[-1], smooth
+    if not head.n:
+        return _empty(head, stats)
+    rows = select(problem)
+    return _join_parts(head, rows, _parts(head, rows), stats)
+
+
+def _empty(head: Head, stats: bool) -> list[Tensor]:
+    """Outputs, with the zeros that rows not computed keep: nll, lse, smooth, or max, sumexp, target_logit, smooth."""
+    n, device = head.n, head.problem.hidden.device
+    out = [torch.zeros(n, dtype=head.dtype, device=device) for _ in range(2 if stats else 3)]
+    return [*out, torch.zeros(n if head.problem.smooth else 0, dtype=head.dtype, device=device)]
 
 
 def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
@@ -246,9 +248,13 @@ def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
     return parts
 
 
-def _join_parts(
-    head: Head, rows: Rows, parts: list[Tensor | None], out: list[Tensor], smooth: Tensor, stats: bool
-) -> None:
+def join(head: Head, rows: Rows, parts: list[Tensor | None]) -> Stats:
+    """Stats (N,) from the parts of the vocabulary (parts, N), added in their order."""
+    return Stats(*_join_parts(head, rows, parts, True))
+
+
+def _join_parts(head: Head, rows: Rows, parts: list[Tensor | None], stats: bool) -> list[Tensor]:
+    out = _empty(head, stats)
     p = head.problem
     total = None
     if stats and p.smooth:
@@ -275,8 +281,8 @@ def _join_parts(
         total_weight=total,
         out_max=out[0],
         out_sum=out[1],
-        out_target=out[-1],
-        out_smooth=smooth if p.smooth else None,
+        out_target=None if stats else out[2],
+        out_smooth=out[-1] if p.smooth else None,
         N=head.n,
         splits=parts[0].shape[0],
         ignore_index=p.ignore_index if p.ignore_index is not None else 0,
@@ -287,6 +293,7 @@ def _join_parts(
         ACC=head.args(rows)["ACC"],
         BLOCK=128,
     )
+    return out
 
 
 def partial(problem: Problem) -> Partials:
@@ -301,5 +308,4 @@ def forward(problem: Problem) -> Stats:
     """
     if problem.shard is not None:
         raise ValueError("forward needs the whole vocabulary; combine the partials of all shards instead")
-    nll, lse, _, smooth = _run(problem, stats=True)
-    return Stats(nll, lse, smooth)
+    return Stats(*_run(problem, stats=True))

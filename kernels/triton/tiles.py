@@ -1,0 +1,359 @@
+"""Tiles of the logits' gradient, written to scratch memory for the two products of the chunked backward.
+
+`write_gradient` recomputes them from lse. `hold` and `release` are the pair that computes each tile once: the first
+writes exp(z - max) with the tile's own maximum, so that rounding to the inputs' dtype costs a relative 2^-9 and not the
+absolute error of a rounded logit; the second turns that into the gradient when lse is known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import launch
+from .filtering import Filter
+from .head import Head, cdiv
+from .rows import Rows
+from .tile import columns, gradient, logits, narrow, negligible, product, rows_at, swizzle
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Memory for rows [row, row + height) of the kept rows by classes [col, col + width), reused for piece after piece.
+
+    `by_row` says that tile rows lie at their original row number, with zeros for rows not kept, as BLAS needs them;
+    else they lie in the order of the kept rows.
+    """
+
+    tile: Tensor  # (height, width) dtype of the inputs
+    by_row: bool
+    bias: Tensor | None  # (row blocks, width) sums over each row block, where the bias needs a gradient
+    flags: Tensor | None  # (row blocks, tiles) int8, 1 where a tile was written; with a filter
+    lost_rows: Tensor | None  # (tiles, N)
+    lost_columns: Tensor | None  # (row blocks, width)
+
+
+def make_scratch(head: Head, height: int, width: int, by_row: bool, bias: bool, found: Filter | None) -> Scratch:
+    """Scratch for `height` rows (a multiple of the tile's, or all) and `width` classes (likewise)."""
+    t, device, dtype = head.config.logits, head.problem.hidden.device, head.problem.hidden.dtype
+    blocks, tiles = cdiv(height, t.rows), cdiv(width, t.cols)
+    # Zeros, because blocks of ignored rows are never written.
+    zeros = lambda *shape: torch.zeros(*shape, dtype=head.dtype, device=device)  # noqa: E731
+    tile = (torch.zeros if by_row else torch.empty)(height, width, dtype=dtype, device=device)
+    filtering = found is not None
+    return Scratch(
+        tile,
+        by_row,
+        zeros(blocks, width) if bias else None,
+        torch.zeros(blocks, tiles, dtype=torch.int8, device=device) if filtering else None,
+        zeros(tiles, head.n) if filtering else None,
+        zeros(blocks, width) if filtering else None,
+    )
+
+
+@triton.jit
+def _write_gradient(
+    hidden,  # (N, D)
+    weight,  # (V, D)
+    bias,
+    class_weight,
+    index,
+    column,
+    state,
+    lse,
+    prob,
+    hit,
+    uniform,
+    order,
+    scratch,  # (height, width)
+    bias_parts,  # (blocks, width) or None
+    flags,  # (blocks, tiles) or None
+    lost_rows,  # (tiles, N) or None
+    lost_columns,  # (blocks, width) or None
+    eps,
+    N,
+    V,
+    D,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    width,
+    blocks,
+    tiles,
+    first_block,
+    first_tile,
+    GROUP,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    ORDERED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+):
+    block, tile = swizzle(tl.program_id(0), blocks, tiles, GROUP)
+    count = tl.load(state)
+    start = (first_block + block) * ROWS
+    if start >= count:
+        return
+    place = start + tl.arange(0, ROWS)
+    kept = place < count
+    row, target, row_lse, p, h, u = rows_at(place, kept, index, column, lse, prob, hit, uniform)
+    if u is not None:
+        u = u[:, None]
+    c, inside, _ = columns(first_tile + tile, order, V, COLS, EVEN_COLS, ORDERED)
+    hidden_rows = hidden + row.to(tl.int64) * stride_hn
+    weight_rows = weight + c.to(tl.int64) * stride_wv
+    x = product(hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, PRECISION)
+    dx = gradient(
+        x, bias, class_weight, c[None, :], target[:, None], row_lse[:, None], p[:, None], h[:, None], u,
+        kept[:, None] & inside[None, :], INNER, OUTER, CAPPED,
+    )  # fmt: skip
+    at = tile * COLS + tl.arange(0, COLS)
+    if flags is not None:
+        skip = negligible(dx, p[:, None], h[:, None], eps)
+        tl.store(flags + block * tiles + tile, (skip == 0).to(tl.int8))
+        lost = tl.where(skip, tl.abs(dx), 0.0)
+        dx = tl.where(skip, 0.0, dx)
+        tl.store(lost_rows + tile * tl.full((), N, tl.int64) + row, tl.sum(lost, 1), mask=kept)
+        tl.store(lost_columns + block * tl.full((), width, tl.int64) + at, tl.sum(lost, 0), mask=inside)
+    if bias_parts is not None:
+        tl.store(bias_parts + block * tl.full((), width, tl.int64) + at, tl.sum(dx, 0), mask=inside)
+    line = row if BY_ROW else place - first_block * ROWS
+    out = scratch + line.to(tl.int64)[:, None] * width + at[None, :]
+    tl.store(out, narrow(dx, scratch.dtype.element_ty, PRECISION), mask=kept[:, None] & inside[None, :])
+
+
+@triton.jit
+def _hold(
+    hidden,
+    weight,
+    bias,
+    class_weight,
+    index,
+    column,
+    state,
+    scratch,  # (N, V)
+    part_max,  # (tiles, N)
+    part_sum,
+    part_target,
+    part_smooth,
+    part_weight,  # (tiles,)
+    N,
+    V,
+    D,
+    stride_hn,
+    stride_hd,
+    stride_wv,
+    stride_wd,
+    blocks,
+    tiles,
+    GROUP,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+    EVEN_DEPTH: tl.constexpr,
+):
+    block, tile = swizzle(tl.program_id(0), blocks, tiles, GROUP)
+    count = tl.load(state)
+    if block * ROWS >= count:
+        return
+    place = block * ROWS + tl.arange(0, ROWS)
+    kept = place < count
+    row = tl.load(index + place, mask=kept, other=0)
+    target = tl.load(column + place, mask=kept, other=-1)
+    c, inside, at = columns(tile, None, V, COLS, EVEN_COLS, False)
+    hidden_rows = hidden + row.to(tl.int64) * stride_hn
+    weight_rows = weight + c.to(tl.int64) * stride_wv
+    x = product(hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, PRECISION)
+    z, _ = logits(x, bias, c[None, :], INNER, OUTER, CAPPED)
+    at_target = tl.sum(tl.where(inside[None, :] & (c[None, :] == target[:, None]), z, 0.0), 1)
+    z = tl.where(inside[None, :], z, float("-inf"))
+    highest = tl.max(z, 1)
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    e = tl.exp(z - shift[:, None])
+    part = tile * tl.full((), N, tl.int64) + place
+    tl.store(part_max + part, highest, mask=kept)
+    tl.store(part_sum + part, tl.sum(e, 1), mask=kept)
+    tl.store(part_target + part, at_target, mask=kept)
+    if SMOOTH:
+        if class_weight is not None:
+            w = tl.load(class_weight + c, mask=inside, other=0.0)
+        else:
+            w = inside.to(ACC)
+        spread = tl.where(inside[None, :], (z - shift[:, None]) * w[None, :], 0.0)
+        tl.store(part_smooth + part, tl.sum(spread, 1), mask=kept)
+        tl.store(part_weight + tile + tl.arange(0, 1), tl.sum(w, 0)[None])
+    line = row if BY_ROW else place
+    out = scratch + line.to(tl.int64)[:, None] * V + at[None, :]
+    tl.store(out, narrow(e, scratch.dtype.element_ty, PRECISION), mask=kept[:, None] & inside[None, :])
+
+
+@triton.jit
+def _release(
+    class_weight,
+    index,
+    column,
+    state,
+    lse,  # (N,) by row
+    prob,
+    hit,
+    uniform,
+    scratch,  # (N, V)
+    part_max,  # (tiles, N)
+    bias_parts,  # (blocks, V) or None
+    N,
+    V,
+    blocks,
+    tiles,
+    ACC: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BY_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+):
+    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    count = tl.load(state)
+    if block * ROWS >= count:
+        return
+    place = block * ROWS + tl.arange(0, ROWS)
+    kept = place < count
+    row, target, _, p, h, u = rows_at(place, kept, index, column, hit, prob, hit, uniform)
+    highest = tl.load(part_max + tile * tl.full((), N, tl.int64) + place, mask=kept, other=0.0)
+    highest = tl.where(highest == float("-inf"), 0.0, highest)
+    scale = tl.exp(highest - tl.load(lse + row, mask=kept, other=0.0)) * p
+    c, inside, at = columns(tile, None, V, COLS, EVEN_COLS, False)
+    line = row if BY_ROW else place
+    mask = kept[:, None] & inside[None, :]
+    out = scratch + line.to(tl.int64)[:, None] * V + at[None, :]
+    dx = tl.load(out, mask=mask, other=0.0).to(ACC) * scale[:, None]
+    dx = tl.where(c[None, :] == target[:, None], dx - h[:, None], dx)
+    if u is not None:
+        if class_weight is not None:
+            dx -= u[:, None] * tl.load(class_weight + c)[None, :]
+        else:
+            dx -= u[:, None]
+    dx = tl.where(mask, dx, 0.0)
+    if bias_parts is not None:
+        tl.store(bias_parts + block * tl.full((), V, tl.int64) + at, tl.sum(dx, 0), mask=inside)
+    tl.store(out, narrow(dx, scratch.dtype.element_ty, PRECISION), mask=mask)
+
+
+def write_gradient(head: Head, rows: Rows, s: Scratch, found: Filter | None, place: int, start: int, stop: int) -> None:
+    """Fill `s` with the gradient of kept rows from `place` on and classes [start, stop) in the filter's order."""
+    t = head.config.logits
+    height = min(s.tile.shape[0], head.n - place)
+    blocks, tiles = cdiv(height, t.rows), cdiv(stop - start, t.cols)
+    launch(
+        head.problem.hidden.device,
+        _write_gradient,
+        (blocks * tiles,),
+        t.options,
+        **head.args(rows),
+        lse=rows.lse,
+        prob=rows.prob,
+        hit=rows.hit,
+        uniform=rows.uniform,
+        order=None if found is None else found.order,
+        scratch=s.tile,
+        bias_parts=s.bias,
+        flags=s.flags,
+        lost_rows=s.lost_rows,
+        lost_columns=s.lost_columns,
+        eps=0.0 if found is None else found.eps,
+        N=head.n,
+        width=s.tile.shape[1],
+        blocks=blocks,
+        tiles=tiles,
+        first_block=place // t.rows,
+        first_tile=start // t.cols,
+        GROUP=head.group(t.rows),
+        BY_ROW=s.by_row,
+        ORDERED=found is not None,
+        ROWS=t.rows,
+        COLS=t.cols,
+        DEPTH=t.depth,
+        EVEN_COLS=head.v % t.cols == 0,
+        EVEN_DEPTH=head.d % t.depth == 0,
+    )
+
+
+def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
+    """Fill `s` (N, V) with exp(z - max); returns the parts of each tile for `sweep.join`."""
+    p, t = head.problem, head.config.logits
+    blocks, tiles = cdiv(head.n, t.rows), cdiv(head.v, t.cols)
+    new = lambda *shape: torch.empty(*shape, dtype=head.dtype, device=p.hidden.device)  # noqa: E731
+    parts: list[Tensor | None] = [new(tiles, head.n) for _ in range(3)]
+    parts += [new(tiles, head.n), torch.zeros_like(new(tiles))] if p.smooth else [None, None]
+    launch(
+        p.hidden.device,
+        _hold,
+        (blocks * tiles,),
+        t.options,
+        **head.args(rows),
+        scratch=s.tile,
+        part_max=parts[0],
+        part_sum=parts[1],
+        part_target=parts[2],
+        part_smooth=parts[3],
+        part_weight=parts[4],
+        N=head.n,
+        blocks=blocks,
+        tiles=tiles,
+        GROUP=head.group(t.rows),
+        SMOOTH=p.smooth,
+        BY_ROW=s.by_row,
+        ROWS=t.rows,
+        COLS=t.cols,
+        DEPTH=t.depth,
+        EVEN_COLS=head.v % t.cols == 0,
+        EVEN_DEPTH=head.d % t.depth == 0,
+    )
+    return parts
+
+
+def release(head: Head, rows: Rows, s: Scratch, part_max: Tensor, lse: Tensor) -> None:
+    """Turn what `hold` left in `s` into the gradient, with lse (N,)."""
+    t, args = head.config.logits, head.args(rows)
+    blocks, tiles = cdiv(head.n, t.rows), cdiv(head.v, t.cols)
+    shared = ("class_weight", "index", "column", "state", "V", "ACC", "PRECISION")
+    launch(
+        head.problem.hidden.device,
+        _release,
+        (blocks * tiles,),
+        {"num_warps": t.warps},
+        **{name: args[name] for name in shared},
+        lse=lse,
+        prob=rows.prob,
+        hit=rows.hit,
+        uniform=rows.uniform,
+        scratch=s.tile,
+        part_max=part_max,
+        bias_parts=s.bias,
+        N=head.n,
+        blocks=blocks,
+        tiles=tiles,
+        BY_ROW=s.by_row,
+        ROWS=t.rows,
+        COLS=t.cols,
+        EVEN_COLS=head.v % t.cols == 0,
+    )
