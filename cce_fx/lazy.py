@@ -179,6 +179,7 @@ class LazyLogits(Tensor):
                 lazy.materialize()
 
     @classmethod
+    @torch._disable_dynamo(recursive=True)
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -186,6 +187,8 @@ class LazyLogits(Tensor):
         if func in lazy_ops.METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func == lazy_ops.IS_LEAF:
+            return not args[0].requires_grad
         found = lazy_ops.stay_lazy(func, args, kwargs)
         if found is not NotImplemented:
             return found
@@ -198,6 +201,7 @@ class LazyLogits(Tensor):
             return func(*args, **kwargs)
 
     @classmethod
+    @torch._disable_dynamo(recursive=True)
     def __torch_dispatch__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:

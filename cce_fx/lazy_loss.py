@@ -31,8 +31,9 @@ def cut_loss(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], 
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     values = [chain.hidden, *chain.inputs, *tensors]
     cache: dict[Any, GraphModule | None] = chain.run.meta.setdefault("cce_fx_losses", {})
-    key = (lazy.ops, func, _signature(args), _signature(kwargs.values()), tuple(kwargs), torch.is_grad_enabled(),
-           lazy._requires_grad(), tuple(_describe(v) for v in values))  # fmt: skip
+    ops = tuple((op.func, _frozen(op.args), _frozen(op.kwargs)) for op in lazy.ops)
+    call = (func, _frozen(args), _frozen(tuple(kwargs.items())))
+    key = (ops, call, torch.is_grad_enabled(), lazy._requires_grad(), tuple(_describe(v) for v in values))
     if key not in cache:
         if len(cache) >= _CACHE_SIZE:
             cache.clear()
@@ -50,8 +51,13 @@ def _plain_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return not any(isinstance(a, LazyLogits) for a in (*args, *kwargs.values()))
 
 
-def _signature(values: Any) -> tuple[Any, ...]:
-    return tuple("tensor" if isinstance(v, Tensor) else v for v in values)
+def _frozen(value: Any) -> Any:
+    """A hashable likeness of arguments, tensors left out."""
+    if isinstance(value, (tuple, list)):
+        return (type(value), *(_frozen(v) for v in value))
+    if isinstance(value, slice):
+        return (slice, value.start, value.stop, value.step)
+    return Tensor if isinstance(value, Tensor) else value
 
 
 def _describe(value: Any) -> Any:

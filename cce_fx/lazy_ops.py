@@ -14,7 +14,7 @@ from .passes.canonical import canonical_callable, is_inplace_callable
 if TYPE_CHECKING:
     from .lazy import LazyLogits
 
-_GET = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "is_cuda", "is_cpu", "is_sparse",
+_GET = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_sparse",
         "is_quantized", "is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "is_nested", "is_mkldnn", "is_vulkan")  # fmt: skip
 _ASK = ("size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex", "element_size",
         "storage_offset", "get_device", "is_inference", "__len__", "ndimension", "is_signed", "is_same_size")  # fmt: skip
@@ -25,6 +25,8 @@ METADATA = {
     torch.is_complex,
     torch.numel,
 }
+
+IS_LEAF = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits are not
 
 # Operations by canonical name that stay lazy: they move rows about, cast, or scale.
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
