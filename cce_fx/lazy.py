@@ -205,7 +205,14 @@ class LazyLogits(Tensor):
     def __torch_dispatch__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Below autograd, where C++ got at the tensor without asking: read it."""
+        """Below autograd, where C++ got at the tensor without asking (`torch.func`, say): read it.
+
+        A gradient can no longer be attached here, so one that is due is an error.
+        """
+        lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
+        if torch.is_grad_enabled() and any(x._requires_grad() for x in lazies):
+            raise RuntimeError(f"lazy logits were given to {func} in a way that loses their gradient; pass "
+                               "logits.materialize() instead")  # fmt: skip
         args, kwargs = tree_map(_plain, (args, kwargs or {}))
         return func(*args, **kwargs)
 

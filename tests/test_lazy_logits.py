@@ -1,0 +1,323 @@
+"""Lazy logits: free until read, and then the plain tensor."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cce_fx import LazyLogits
+
+V, D = 1200, 16
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(D, D), nn.Linear(D, V)
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+        logits = self.head(self.body(x))
+        if y is None:
+            return logits
+        return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operation makes."""
+
+    size = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, Tensor) and t.device.type != "meta":
+                self.size = max(self.size, t.numel())
+        return out
+
+
+@pytest.fixture
+def setup() -> tuple[Model, Callable[..., Any], Tensor, Tensor]:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Model()
+    x, y = torch.randn(3, 7, D), torch.randint(0, V, (3, 7))
+    y[0, :3] = -100
+    return model, torch.compile(model, backend="cce", options={"inner": "aot_eager"}), x, y
+
+
+def unread(lazy: Any) -> bool:
+    return isinstance(lazy, LazyLogits) and lazy.chain is not None
+
+
+def grads(model: nn.Module) -> list[Tensor]:
+    found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    return found
+
+
+def test_looks_like_the_tensor_it_stands_for(setup: Any) -> None:
+    model, compiled, x, y = setup
+    _, lazy = compiled(x, y)
+    real = model(x, y)[1]
+    assert isinstance(lazy, Tensor) and torch.is_tensor(lazy)
+    assert (lazy.shape, lazy.dtype, lazy.device, lazy.stride()) == (real.shape, real.dtype, real.device, real.stride())
+    assert (lazy.requires_grad, lazy.is_leaf, lazy.dim(), len(lazy)) == (True, False, 3, 3)
+    assert unread(lazy)
+
+
+STAYS = {
+    "view": lambda z: z.view(-1, V),
+    "reshape": lambda z: z.reshape(-1, V),
+    "flatten": lambda z: z.flatten(0, 1),
+    "slice": lambda z: z[:, :-1, :],
+    "ellipsis": lambda z: z[..., :-1, :],
+    "index": lambda z: z[0],
+    "new axis": lambda z: z[None],
+    "float": lambda z: z.float(),
+    "half": lambda z: z.half(),
+    "to dtype": lambda z: z.to(torch.bfloat16),
+    "to device": lambda z: z.to("cpu"),
+    "to both": lambda z: z.to(device="cpu", dtype=torch.float64),
+    "detach": lambda z: z.detach(),
+    "clone": lambda z: z.clone(),
+    "contiguous": lambda z: z.contiguous(),
+    "transpose": lambda z: z.transpose(1, 2),
+    "permute": lambda z: z.permute(0, 2, 1),
+    "unsqueeze": lambda z: z.unsqueeze(0),
+    "scale": lambda z: z / 2.0,
+    "scaled": lambda z: 3.0 * z,
+    "chain": lambda z: (z[:, 1:].float() / 0.7).reshape(-1, V).detach(),
+    "log_softmax": lambda z: F.log_softmax(z, dim=-1),
+}
+READS = {
+    "add": lambda z: z + 1,
+    "softmax": lambda z: z.softmax(-1),
+    "max": lambda z: z.max(),
+    "mask": lambda z: z[torch.ones(3, 7, dtype=torch.bool)],
+    "cat": lambda z: torch.cat([z, z]),
+    "stack": lambda z: torch.stack([z, z]),
+    "compare": lambda z: z > 0,
+    "norm": lambda z: z.norm(),
+    "einsum": lambda z: torch.einsum("btv->bt", z),
+    "argmax over rows": lambda z: z.argmax(0),
+    "iterate": lambda z: torch.stack(list(z)),
+    "tolist": lambda z: torch.tensor(z.tolist()),
+    "numpy": lambda z: torch.from_numpy(z.detach().numpy().copy()),
+    "data": lambda z: z.data,
+    "vmap": lambda z: torch.vmap(lambda r: r.sum())(z.detach()),
+}
+BLOCKS = {
+    "argmax": lambda z: z.argmax(-1),
+    "argmax keyword": lambda z: z.argmax(dim=-1),
+    "torch.argmax": lambda z: torch.argmax(z, dim=2),
+    "argmin": lambda z: z.argmin(-1),
+    "detached max": lambda z: z.detach().max(-1).values,
+    "detached max keyword": lambda z: z.detach().max(dim=-1).indices,
+    "detached topk": lambda z: z.detach().topk(5, dim=-1).values,
+    "detached topk default": lambda z: z.detach().topk(5).indices,
+    "detached logsumexp": lambda z: torch.logsumexp(z.detach().float(), dim=-1),
+    "scaled argmax": lambda z: (z / -0.5).argmax(-1),
+    "accuracy": lambda z: (z.argmax(-1) == 3).float().mean(),
+}
+
+
+@pytest.mark.parametrize("op", [*STAYS, *READS, *BLOCKS])
+def test_every_operation_gives_what_it_gives_on_the_tensor(setup: Any, op: str) -> None:
+    model, compiled, x, y = setup
+    function = {**STAYS, **READS, **BLOCKS}[op]
+    _, lazy = compiled(x, y)
+    got, want = function(lazy), function(model(x, y)[1])
+    assert unread(lazy) == (op not in READS), "read, or not, against expectation"
+    if op in STAYS:
+        assert unread(got)
+    assert (got.shape, got.dtype, got.stride(), got.requires_grad) == (
+        want.shape, want.dtype, want.stride(), want.requires_grad)  # fmt: skip
+    torch.testing.assert_close(got * 1, want * 1)
+    if want.requires_grad and want.is_floating_point():
+        got.float().sum().backward()
+        ours = grads(model)
+        want.float().sum().backward()
+        for a, b in zip(ours, grads(model), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_backward_through_loss_and_logits_together(setup: Any) -> None:
+    model, compiled, x, y = setup
+    for call in (compiled, model):
+        loss, logits = call(x, y)
+        (loss + logits.float().pow(2).mean()).backward()
+        if call is compiled:
+            ours = grads(model)
+    for a, b in zip(ours, grads(model), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_reading_under_no_grad_keeps_the_graph_as_eager_does(setup: Any) -> None:
+    _, compiled, x, y = setup
+    _, lazy = compiled(x, y)
+    with torch.no_grad():
+        lazy.sum()
+    assert lazy.sum().requires_grad
+
+
+def test_a_forward_without_grad_gives_logits_without_graph(setup: Any) -> None:
+    model, compiled, x, y = setup
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            _, lazy = compiled(x, y)
+            want = model(x, y)[1]
+        assert unread(lazy) and not lazy.requires_grad
+        torch.testing.assert_close(lazy + 0, want + 0)
+
+
+@pytest.mark.parametrize("what", ["weight", "optimizer"])
+def test_reading_after_the_weight_changed_is_a_clear_error(setup: Any, what: str) -> None:
+    model, compiled, x, y = setup
+    loss, lazy = compiled(x, y)
+    if what == "weight":
+        with torch.no_grad():
+            model.head.weight.add_(1)
+    else:
+        loss.backward()
+        torch.optim.AdamW(model.parameters()).step()
+    for read in (lambda: lazy + 0, lambda: lazy.argmax(-1), lambda: F.cross_entropy(lazy.view(-1, V), y.view(-1))):
+        with pytest.raises(RuntimeError, match="lazy.*changed in place.*'logits': 'keep'"):
+            read()
+
+
+def test_what_was_read_before_the_step_stays(setup: Any) -> None:
+    model, compiled, x, y = setup
+    _, lazy = compiled(x, y)
+    before = (lazy + 0).detach().clone()
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    assert torch.equal(lazy.detach() + 0, before)
+
+
+def test_in_place_changes_show_in_the_logits_and_their_views(setup: Any) -> None:
+    model, compiled, x, _ = setup
+    with torch.no_grad():
+        _, lazy = compiled(x, torch.zeros(3, 7, dtype=torch.long))
+        view, other = lazy[0], lazy.float()
+        lazy[0] = 0
+        assert not (view + 0).any() and not (lazy[0] + 0).any() and not (other[0] + 0).any()
+        view.add_(2)
+        assert bool((lazy[0] == 2).all())
+        del model
+
+
+@pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
+def test_copies_are_plain_tensors(setup: Any, how: str) -> None:
+    _, compiled, x, y = setup
+    with torch.no_grad():
+        _, lazy = compiled(x, y)
+    if how == "pickle":
+        made = pickle.loads(pickle.dumps(lazy))
+    elif how == "deepcopy":
+        made = copy.deepcopy(lazy)
+    else:
+        file = io.BytesIO()
+        torch.save({"logits": lazy}, file)
+        file.seek(0)
+        made = torch.load(file)["logits"]
+    assert type(made) is Tensor
+    assert torch.equal(made, lazy + 0)
+
+
+def test_printing_shows_the_values(setup: Any) -> None:
+    _, compiled, x, y = setup
+    with torch.no_grad():
+        _, lazy = compiled(x, y)
+    assert repr(lazy) == repr(lazy + 0) and f"{lazy}" == f"{lazy + 0}"
+
+
+def test_a_gradient_that_would_be_lost_is_an_error(setup: Any) -> None:
+    _, compiled, x, y = setup
+    with pytest.raises(RuntimeError, match="materialize"):
+        torch.vmap(lambda r: r.sum())(compiled(x, y)[1])
+
+
+def test_a_second_compiled_function_takes_lazy_logits(setup: Any) -> None:
+    model, compiled, x, y = setup
+    second = torch.compile(lambda z: (z.float() * 2).sum(), backend="eager")
+    torch.testing.assert_close(second(compiled(x, y)[1]), second(model(x, y)[1]))
+
+
+def test_nothing_is_kept_alive_when_the_logits_are_dropped(setup: Any) -> None:
+    _, compiled, x, y = setup
+    gc.collect()
+    gc.disable()
+    try:
+        _, lazy = compiled(x, y)
+        hidden = weakref.ref(lazy.chain.hidden)
+        view = lazy.float().view(-1, V)[1:]
+        del lazy, view, _
+        assert hidden() is None
+    finally:
+        gc.enable()
+
+
+# --- losses outside the compiled graph ---------------------------------------------------------------------------------
+
+LOSSES = {
+    "flat": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)),
+    "shifted": lambda z, y: F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1)),
+    "class dim second": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
+    "options": lambda z, y: F.cross_entropy(z.float().view(-1, V) / 2, y.view(-1), label_smoothing=0.1, reduction="sum"),
+    "none": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1), reduction="none").mean(),
+    "module": lambda z, y: nn.CrossEntropyLoss(ignore_index=-100)(z.flatten(0, 1), y.flatten()),
+    "nll": lambda z, y: F.nll_loss(F.log_softmax(z, dim=-1).view(-1, V), y.view(-1)),
+    "class weights": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1), weight=torch.linspace(0.5, 2, V)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_loss_outside_the_graph_is_cut(setup: Any, name: str) -> None:
+    model, compiled, x, y = setup
+    loss = LOSSES[name]
+    compiled(x)  # compilation makes tensors of its own
+    loss(compiled(x), y)
+    logits = compiled(x)
+    with Largest() as made:
+        ours = loss(logits, y)
+        ours.backward()
+    assert unread(logits)
+    assert made.size < 3 * 6 * V
+    got = grads(model)
+    want = loss(model(x), y)
+    want.backward()
+    torch.testing.assert_close(ours, want)
+    for a, b in zip(got, grads(model), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_small_heads_and_forwards_without_grad_return_plain_logits(setup: Any) -> None:
+    _, compiled, x, _ = setup
+    with torch.no_grad():
+        assert type(compiled(x)) is Tensor
+    torch._dynamo.reset()
+    small = torch.compile(nn.Linear(D, 64), backend="cce", options={"inner": "eager"})
+    assert type(small(x)) is Tensor
+
+
+def test_keep_computes_the_logits() -> None:
+    torch._dynamo.reset()
+    model = Model()
+    x, y = torch.randn(2, 3, D), torch.randint(0, V, (2, 3))
+    compiled = torch.compile(model, backend="cce", options={"inner": "aot_eager", "logits": "keep"})
+    loss, logits = compiled(x, y)
+    assert type(logits) is Tensor and type(compiled(x)) is Tensor
+    want = model(x, y)
+    torch.testing.assert_close((loss, logits), want)
