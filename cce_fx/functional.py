@@ -7,14 +7,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from .op import statistics_dtype  # importing it registers the operators
 from .kernels.spec import Epilogue, Needs
+from .op import statistics_dtype  # importing it registers the operators
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -26,7 +26,7 @@ class LossSpec:
     reduction: Reduction = "mean"
     ignore_index: int = -100
     label_smoothing: float = 0.0
-    epilogue: Epilogue = Epilogue()
+    epilogue: Epilogue = field(default_factory=Epilogue)
 
     def __post_init__(self) -> None:
         if self.reduction not in ("mean", "sum", "none"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch._dynamo.utils import counters
 from torch._logging import trace_structured
 from torch.fx import GraphModule
@@ -22,5 +24,8 @@ def record(gm: GraphModule, report: Report) -> None:
         ("cce_fx_report", lambda: str(report)),
         ("cce_fx_graph", lambda: gm.print_readable(print_output=False)),
     ):
-        metadata = {"name": name, "encoding": "string"}
-        trace_structured("artifact", metadata_fn=lambda metadata=metadata: metadata, payload_fn=payload)
+        _leave(name, payload)
+
+
+def _leave(name: str, payload: Callable[[], str]) -> None:
+    trace_structured("artifact", metadata_fn=lambda: {"name": name, "encoding": "string"}, payload_fn=payload)

@@ -91,9 +91,13 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, 
         raise TypeError(f"target must be int64 class indices, not {target.dtype}")
     for name, t in (("bias", bias), ("class_weight", class_weight)):
         if t is not None:
-            if t.dim() != 1:
-                raise ValueError(f"{name} must be one-dimensional, not {tuple(t.shape)}")
-            torch._check(t.shape[0] == weight.shape[0], lambda: f"{name} does not have one entry per class")
+            _check_per_class(name, t, weight)
+
+
+def _check_per_class(name: str, values: Tensor, weight: Tensor) -> None:
+    if values.dim() != 1:
+        raise ValueError(f"{name} must be one-dimensional, not {tuple(values.shape)}")
+    torch._check(values.shape[0] == weight.shape[0], lambda: f"{name} does not have one entry per class")
 
 
 def _some(grads: Grads, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
+
 @dataclass
 class Watch:
     """An inner backend that runs the graph through AOTAutograd and keeps every graph it sees."""

@@ -38,7 +38,7 @@ print(cce_fx.__file__)
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Wheel and sdist, made from a copy of the repository's tracked and new files."""
     out, source = tmp_path_factory.mktemp("dist"), tmp_path_factory.mktemp("source")
-    names = "pyproject.toml README.md LICENSE cce_fx passes kernels".split()
+    names = ["pyproject.toml", "README.md", "LICENSE", "cce_fx", "passes", "kernels"]
     subprocess.run(["cp", "-a", *(str(ROOT / n) for n in names), str(source)], check=True)
     for kind in ("wheel", "sdist"):
         build(kind, source, out)
