@@ -6,12 +6,12 @@ pass declines reads the logits and runs as it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from .passes import Policy, fakes
 from .passes.pipeline import apply
@@ -28,7 +28,8 @@ def cut_loss(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], 
     if chain is None or torch.is_inference_mode_enabled() or not _plain_arguments(args, kwargs):
         return NotImplemented
     lazy.check_fresh()
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    recorded = [a for op in lazy.ops for a in op.args]
+    tensors = [a for a in (*recorded, *args, *kwargs.values()) if isinstance(a, Tensor)]
     values = [chain.hidden, *chain.inputs, *tensors]
     cache: dict[Any, GraphModule | None] = chain.run.meta.setdefault("cce_fx_losses", {})
     ops = tuple((op.func, _frozen(op.args), _frozen(op.kwargs)) for op in lazy.ops)
@@ -75,10 +76,10 @@ def _compile(
     old = [n for n in chain.run.graph.nodes if n.op == "placeholder"]
     copies = dict(zip(old, inputs[:head], strict=True))
     node = graph.graph_copy(chain.run.graph, copies)
-    for op in lazy.ops:
-        node = graph.call_function(op.func, (node, *op.args), dict(op.kwargs))
     rest = iter(inputs[head:])
-    args = tuple(next(rest) if isinstance(a, Tensor) else a for a in args)
+    for op in lazy.ops:
+        node = graph.call_function(op.func, (node, *_placed(op.args, rest)), dict(op.kwargs))
+    args = _placed(args, rest)
     kwargs = {k: next(rest) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
     graph.output(graph.call_function(func, (node, *args), kwargs))
     gm = GraphModule(chain.run, graph)
@@ -86,3 +87,7 @@ def _compile(
         fakes.ensure(gm, values)
         report, _ = apply(gm, Policy(min_vocab=0))
     return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None
+
+
+def _placed(args: tuple[Any, ...], inputs: Iterator[Node]) -> tuple[Any, ...]:
+    return tuple(next(inputs) if isinstance(a, Tensor) else a for a in args)

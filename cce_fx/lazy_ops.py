@@ -30,8 +30,9 @@ IS_LEAF = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits 
 
 # Operations by canonical name that stay lazy: they move rows about, cast, or scale.
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
-          "getitem", "narrow", "select", "detach", "view_as"}  # fmt: skip
+          "getitem", "narrow", "select", "detach"}  # fmt: skip
 _VALUES = {"contiguous", "to", "float", "double", "half", "bfloat16", "type", "type_as", "mul", "div", "log_softmax"}
+_ROWS = {"index_select"}
 _REDUCTIONS = {"argmax", "max", "topk", "logsumexp", "argmin", "min", "amax"}
 _LOSSES = {"cross_entropy", "nll_loss"}
 BLOCK_BYTES = 16 << 20
@@ -81,9 +82,11 @@ def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return cut_loss(lazy, func, args[1:], kwargs)
     if any(isinstance(a, LazyLogits) for a in (*args[1:], *kwargs.values())):
         return NotImplemented
+    if name == "getitem" and isinstance(args[1], Tensor):
+        return _rows_chosen(lazy, args[1])
     if name in _REDUCTIONS:
         return _by_blocks(lazy, name, func, args[1:], kwargs)
-    if name not in _VIEWS and name not in _VALUES:
+    if name not in _VIEWS | _VALUES | _ROWS:
         return NotImplemented
     return _lazily(lazy, name, func, args[1:], kwargs)
 
@@ -100,6 +103,8 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
             return NotImplemented
         kwargs_on_meta = {k: v for k, v in kwargs.items() if k != "device"}
         made = func(like, *args_on_meta, **kwargs_on_meta) if args_on_meta or kwargs_on_meta else like
+    elif name == "index_select":
+        made = func(like, args[0], args[1].to("meta"))
     elif name == "type_as":
         made = like.to(args[0].dtype)
     else:
@@ -109,6 +114,17 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
     if made is like and name in ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous"):
         return lazy
     return lazy._derive(Op(name, func, tuple(args), tuple(kwargs.items())), made)
+
+
+def _rows_chosen(lazy: LazyLogits, index: Tensor) -> Any:
+    """`lazy[mask]` and `lazy[positions]` where whole rows are chosen; the one look at the mask is eager's own."""
+    if index.device != lazy.device or type(index) is not Tensor:
+        return NotImplemented
+    if index.dtype == torch.int64 and index.dim() == 1 and lazy.dim() > 1:
+        return torch.index_select(lazy, 0, torch.where(index < 0, index + lazy.size(0), index))
+    if index.dtype != torch.bool or not 1 <= index.dim() < lazy.dim() or index.shape != lazy.shape[: index.dim()]:
+        return NotImplemented
+    return torch.index_select(lazy.flatten(0, index.dim() - 1), 0, index.flatten().nonzero()[:, 0])
 
 
 def _is_device(value: Any) -> bool:
@@ -123,14 +139,14 @@ def _harmless(name: str, lazy: LazyLogits, args: tuple[Any, ...], kwargs: dict[s
     if name == "getitem":
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
         return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index)
+    if name == "index_select":
+        return len(args) == 2 and args[0] in range(lazy.dim() - 1) and args[1].dim() == 1 and not kwargs
     if name == "type_as":
         return isinstance(args[0], Tensor) and args[0].device == lazy.device
     if name == "type":
         return bool(args) and isinstance(args[0], torch.dtype)
     if name == "view":
         return not any(isinstance(a, torch.dtype) for a in args)
-    if name in ("reshape_as", "view_as"):
-        return False
     return not any(isinstance(a, Tensor) for a in (*args, *kwargs.values())) or name == "to"
 
 

@@ -98,6 +98,9 @@ STAYS = {
     "unsqueeze": lambda z: z.unsqueeze(0),
     "scale": lambda z: z / 2.0,
     "scaled": lambda z: 3.0 * z,
+    "mask": lambda z: z[torch.arange(21).view(3, 7) % 2 == 0],
+    "mask of rows": lambda z: z[torch.tensor([True, False, True])],
+    "positions": lambda z: z[torch.tensor([2, -3])],
     "chain": lambda z: (z[:, 1:].float() / 0.7).reshape(-1, V).detach(),
     "log_softmax": lambda z: F.log_softmax(z, dim=-1),
 }
@@ -105,7 +108,6 @@ READS = {
     "add": lambda z: z + 1,
     "softmax": lambda z: z.softmax(-1),
     "max": lambda z: z.max(),
-    "mask": lambda z: z[torch.ones(3, 7, dtype=torch.bool)],
     "cat": lambda z: torch.cat([z, z]),
     "stack": lambda z: torch.stack([z, z]),
     "compare": lambda z: z > 0,
@@ -279,6 +281,7 @@ LOSSES = {
     "none": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1), reduction="none").mean(),
     "module": lambda z, y: nn.CrossEntropyLoss(ignore_index=-100)(z.flatten(0, 1), y.flatten()),
     "nll": lambda z, y: F.nll_loss(F.log_softmax(z, dim=-1).view(-1, V), y.view(-1)),
+    "masked": lambda z, y: F.cross_entropy(z[y != 5], y[y != 5]),
     "class weights": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1), weight=torch.linspace(0.5, 2, V)),
 }
 
