@@ -44,8 +44,8 @@ class Rows:
             out.index_fill_(0, self.skipped, 0)
 
 
-def select(problem: Problem) -> Rows:
-    """The rows of `problem` to compute.
+def select(problem: Problem, every: bool = False) -> Rows:
+    """The rows of `problem` to compute; `every` leaves none out.
 
     An ignored row is left out where `skip_ignored` allows it, unless its hidden state is not finite: such a row makes
     every gradient NaN in a dense loss, and a run that has diverged should show it here too.
@@ -56,7 +56,7 @@ def select(problem: Problem) -> Rows:
     valid = None if problem.ignore_index is None else target != problem.ignore_index
     _check_bounds(problem, valid)
     index = skipped = None
-    if valid is not None and problem.skip_ignored:
+    if valid is not None and problem.skip_ignored and not every:
         keep = valid | ~problem.hidden.sum(1).isfinite()
         if not bool(keep.all()):
             index, skipped = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]

@@ -39,8 +39,14 @@ def forward(problem: Problem) -> Stats:
 def backward(problem: Problem, lse: Tensor, grads: RowGrads, needs: Needs) -> Grads:
     """Gradients from lse (N,) (of the whole vocabulary, for a shard), recomputing the logits tile by tile."""
     _check(problem)
-    rows = select(problem)
-    needs = _possible(problem, needs)
+    rows, needs = select(problem), _possible(problem, needs)
+    found = _from_lse(problem, rows, lse, grads, needs)
+    if rows.index is None or problem.shard or _finite(lse, found):
+        return found
+    return _both(problem, select(problem, every=True), grads, needs)[1]
+
+
+def _from_lse(problem: Problem, rows: Rows, lse: Tensor, grads: RowGrads, needs: Needs) -> Grads:
     if not any(needs):
         return Grads(None, None, None)
     c = coefficients(problem, rows, grads)
@@ -51,12 +57,28 @@ def backward(problem: Problem, lse: Tensor, grads: RowGrads, needs: Needs) -> Gr
     return out
 
 
+def _finite(lse: Tensor, grads: Grads) -> bool:
+    """Whether nothing here hints at a weight that is not finite.
+
+    Such a weight makes the gradients of ignored rows NaN in a dense loss (0 * NaN), and through them the others; then
+    they are computed again with no row left out.
+    """
+    found = (lse, *(g for g in (grads.hidden, grads.bias) if g is not None))
+    return all(bool(t.sum(dtype=lse.dtype).isfinite()) for t in found)
+
+
 def forward_backward(problem: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
     """Stats (N,), and the gradients of sum(grads * stats)."""
     _check(problem)
     _whole_vocabulary(problem)
     rows = select(problem)
-    needs = _possible(problem, needs)
+    stats, found = _both(problem, rows, grads, _possible(problem, needs))
+    if rows.index is None or _finite(stats.lse, found):
+        return stats, found
+    return stats, _both(problem, select(problem, every=True), grads, _possible(problem, needs))[1]
+
+
+def _both(problem: Problem, rows: Rows, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
     if not any(needs):
         return _stats(problem, rows, concatenate(sweep(problem, rows), problem)), Grads(None, None, None)
     c, out = coefficients(problem, rows, grads), new_grads(problem, rows, needs)
