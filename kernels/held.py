@@ -17,7 +17,7 @@ from .plan import FEWEST_HELD_ROWS, ROW_STEP, Plan, held_columns, spans, step_do
 from .rows import Coefficients, Rows
 from .spec import Grads, Problem
 from .sweeps import accumulate, add_weight, bias_sum, tile_of
-from .tile import Collector, Head, Sums, locate
+from .tile import Collector, Head, Sums, exp_, locate
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _probabilities(
     factor, highest = coefficient / sums.sumexp, finite(sums.max)
     if not head.capped:
         return tile.mul_(torch.exp(peak - highest) * factor)
-    return head.logits(tile, _like(spare, tile)).sub_(highest).exp_().mul_(factor)
+    return exp_(head.logits(tile, _like(spare, tile)).sub_(highest)).mul_(factor)
 
 
 def _like(spare: Tensor | None, tile: Tensor) -> Tensor | None:

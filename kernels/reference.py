@@ -7,12 +7,11 @@ import torch
 from .spec import Grads, Needs, Problem, RowGrads, Stats
 
 
-def stats(problem: Problem) -> Stats:
-    """Stats in float64, differentiable through the hidden, weight and bias of `problem`."""
+def stats(problem: Problem, dtype: torch.dtype = torch.float64) -> Stats:
+    """Stats by dense arithmetic in `dtype`, differentiable through the hidden, weight and bias of `problem`."""
     p, e = problem, problem.epilogue
-    z = p.hidden.double() @ p.weight.double().T
-    if p.bias is not None:
-        z = z + p.bias.double()
+    bias = None if p.bias is None else p.bias.to(dtype)
+    z = torch.nn.functional.linear(p.hidden.to(dtype), p.weight.to(dtype), bias)
     z = z * e.scale
     if e.softcap is not None:
         z = e.softcap * torch.tanh(z / e.softcap)
@@ -23,26 +22,29 @@ def stats(problem: Problem) -> Stats:
     nll = -logp.gather(1, p.target.masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0)
     smooth = z.new_zeros(0)
     if p.smooth:
-        w = z.new_ones(z.shape[1]) if p.class_weight is None else p.class_weight.double()
+        w = z.new_ones(z.shape[1]) if p.class_weight is None else p.class_weight.to(dtype)
         smooth = -(logp * w).sum(-1).masked_fill(ignored, 0)
     if p.skip_ignored:
         lse = lse.masked_fill(ignored, 0)
     return Stats(nll, lse, smooth)
 
 
-def forward_backward(problem: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
-    """Stats and gradients in float64, by autograd."""
+def forward_backward(
+    problem: Problem, grads: RowGrads, needs: Needs, dtype: torch.dtype = torch.float64
+) -> tuple[Stats, Grads]:
+    """Stats and gradients by autograd in `dtype`; one other than float64 shows the error of a dense loss in it."""
     wanted = [
-        t.detach().double().requires_grad_(need) if t is not None else None
+        t.detach().to(dtype).requires_grad_(need) if t is not None else None
         for t, need in zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
     ]
     fields = {**problem.__dict__, "hidden": wanted[0], "weight": wanted[1], "bias": wanted[2]}
-    out = stats(Problem(**fields))
-    total = (out.nll * grads.nll.double()).sum()
+    out = stats(Problem(**fields), dtype)
+    total = (out.nll * grads.nll.to(dtype)).sum()
     if grads.lse is not None:
-        total = total + (out.lse * grads.lse.double()).sum()
+        total = total + (out.lse * grads.lse.to(dtype)).sum()
     if grads.smooth is not None:
-        total = total + (out.smooth * grads.smooth.double()).sum()
+        total = total + (out.smooth * grads.smooth.to(dtype)).sum()
     leaves = [t for t in wanted if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(total, leaves)) if leaves else iter(())
-    return Stats(*(t.detach() for t in out)), Grads(*(next(found) if t is not None and t.requires_grad else None for t in wanted))
+    each = [next(found) if t is not None and t.requires_grad else None for t in wanted]
+    return Stats(*(t.detach() for t in out)), Grads(*each)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .plan import make_plan, spans
 from .rows import Coefficients, Rows
 from .spec import Grads, Needs, Problem
-from .tile import Collector, Head, Sums, locate
+from .tile import Collector, Head, Sums, exp_, locate
 
 
 def sweep(problem: Problem, rows: Rows, begin: int = 0) -> list[Sums]:
@@ -71,7 +71,7 @@ class _Recomputed:
         head.product(tile, weight, hidden, start)
         logits = head.logits(tile, None if self.spare is None else tile_of(self.spare, *tile.shape))
         c = self.c[first:last]
-        probs = logits.sub_(self.lse[first - self.begin : last - self.begin]).exp_().mul_(c.prob)
+        probs = exp_(logits.sub_(self.lse[first - self.begin : last - self.begin])).mul_(c.prob)
         return head.gradient(probs, tile, c, self.hits[block][chunk], start)
 
     def by_rows(self, out: Grads, weight: bool) -> None:

@@ -9,11 +9,23 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .combine import finite, local_class_weight, statistics_dtype
 from .rows import Coefficients
 from .spec import Partials, Problem
+
+
+# Below these arguments exp is denormal or near it: a processor takes 20 times as long to make such a number, and as long
+# again to multiply it, and no sum that holds exp(0) can see it. (The powers of ten are just above exp of the argument.)
+_EXP_FLOOR = {torch.float32: (-75.0, 2.7e-33), torch.float64: (-690.0, 2.2e-300)}
+
+
+def exp_(x: Tensor) -> Tensor:
+    """exp of x, at most 0 or not finite, in place; exactly zero below the floor of x's dtype, NaN where x is NaN."""
+    argument, value = _EXP_FLOOR[x.dtype]
+    return F.threshold_(x.clamp_min_(argument).exp_(), value, 0.0)
 
 
 class Sums(NamedTuple):
@@ -113,7 +125,7 @@ class Collector:
         logits.sub_(finite(self.max[number]))
         if self.smooth is not None:
             self._weigh(number, logits, start)
-        torch.sum(logits.exp_(), 0, out=self.sumexp[number])
+        torch.sum(exp_(logits), 0, out=self.sumexp[number])
 
     def _weigh(self, number: int, shifted: Tensor, start: int) -> None:
         if self.head.class_weight is None:
