@@ -46,7 +46,7 @@ def held(problem: Problem, rows: Rows, c: Coefficients, plan: Plan, out: Grads) 
         if block is None:
             break
         blocks.append(_block(problem, rows, c, head, out._replace(bias=bias), block))
-        first = block.last
+        first, block = block.last, None  # the next one may need this one's memory
     if bias is not None and bias is not out.bias and first:
         out.bias.copy_(bias)
     return blocks
@@ -174,6 +174,7 @@ class _Storage:
             if tiles is not None and (self.spare is None or count * columns <= self.spare.numel()):
                 return Block(first, first + count, chunks, tiles, self.spare)
             if tiles is not None:
+                self.spare = None  # freed before there is another
                 self.spare = self._new(count * columns)
                 return Block(first, first + count, chunks, tiles, self.spare)
             count -= min(ROW_STEP, count - 1)

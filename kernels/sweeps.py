@@ -80,6 +80,7 @@ class _Recomputed:
             hidden = self.hidden(block)
             d_hidden = None if out.hidden is None else self.rows.place(out.hidden, first, last, self.head.dtype)
             for chunk, (start, stop) in enumerate(self.chunks):
+                w = None  # freed before there is another
                 w = self.head.columns(start, stop)
                 tile = self.gradient(w, hidden, chunk, block)
                 if d_hidden is not None:
@@ -95,6 +96,7 @@ class _Recomputed:
 
     def weight_by_columns(self, out: Tensor) -> None:
         for chunk, (start, stop) in enumerate(self.chunks):
+            w = total = None  # freed before there are others
             w = self.head.columns(start, stop)
             total = torch.empty_like(w, memory_format=torch.contiguous_format)
             for block in range(len(self.blocks)):

@@ -140,7 +140,7 @@ class Collector:
         highest = self.max.amax(0)
         shift = finite(highest)
         # A tile without any finite logit has sumexp 0, whatever it was shifted by.
-        sumexp = (self.sumexp * torch.exp(self.max - shift)).sum(0)
+        sumexp = self.sumexp.mul_((self.max - shift).exp_()).sum(0)
         smooth = None
         if self.smooth is not None:
             weight = torch.stack([torch.as_tensor(w, dtype=torch.float64, device=shift.device) for w in self.weight])

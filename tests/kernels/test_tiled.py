@@ -1,0 +1,309 @@
+"""The tiled kernel against the dense float64 answer, for every option of the contract in `kernels/spec.py`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise, product
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cce_fx.kernels import reference, tiled
+from cce_fx.kernels.spec import Epilogue, Grads, Needs, Problem, RowGrads, Shard, Stats
+
+ALL = Needs()
+
+
+def assert_as_good(
+    found: Tensor | None, exact: Tensor | None, dense: Tensor | None, what: str, terms: float = 0.0
+) -> None:
+    """`found` is off from the float64 `exact` by no more than `dense` arithmetic in its dtype, and a few ulp.
+
+    `terms` is the size of what `found` is a difference of, where the contract itself rounds those.
+    """
+    assert (found is None) == (exact is None), what
+    if found is None or exact is None or dense is None:
+        return
+    assert found.shape == exact.shape, what
+    assert torch.equal(found.isnan(), exact.isnan()), f"{what}: NaN in other places"
+    finite = exact.isfinite()
+    assert torch.equal(found.double()[exact.isinf()], exact[exact.isinf()]), f"{what}: other infinities"
+    if not finite.any():
+        return
+    exact, error = exact[finite], (found.double()[finite] - exact[finite]).abs()
+    dense = dense.double()[finite]
+    allowed = (dense - exact).abs().nan_to_num(torch.inf).max()
+    kind, size = torch.finfo(found.dtype), max(float(exact.abs().max()), terms)
+    few_ulp = 8 * kind.eps * size + 64 * kind.tiny
+    if found.dtype == torch.float64:  # where the answer itself is of this dtype, and tells nothing of its error
+        few_ulp = 1e-12 * max(size, 1.0)
+    assert error.max() <= allowed + few_ulp, f"{what}: off by {error.max():.3g}, dense by {allowed:.3g} + {few_ulp:.3g}"
+
+
+def smooth_terms(problem: Problem, stats: Stats) -> float:
+    """The size of sum(w) lse, of which a shard's sum of logits is taken; both are rounded in Partials."""
+    weight = problem.weight.shape[0] if problem.class_weight is None else float(problem.class_weight.sum())
+    return weight * float(stats.lse.nan_to_num(0, 0, 0).abs().max()) if stats.lse.numel() else 0.0
+
+
+def gradient_terms(problem: Problem, grads: RowGrads, field: str) -> float:
+    """The size of what a gradient is a sum of: probability and one-hot times row gradient times the other factor."""
+    if problem.target.numel() == 0:
+        return 0.0
+    classes, e = problem.weight.shape[0], problem.epilogue
+    row = grads.nll.abs().max() + (0 if grads.lse is None else grads.lse.abs().max())
+    row = row + (0 if grads.smooth is None else grads.smooth.abs().max() * classes)
+    factor = {"hidden": problem.weight, "weight": problem.hidden, "bias": torch.ones(1)}[field]
+    return float((row * abs(e.scale * e.post_scale) * factor.double().abs().max()).nan_to_num(0, 0, 0))
+
+
+def check(problem: Problem, grads: RowGrads, needs: Needs) -> None:
+    """Every entry point of the kernel agrees with the reference.
+
+    A backward of its own takes the lse as the forward rounded it: its probabilities are off by that much, times p.
+    """
+    exact_stats, exact_grads = reference.forward_backward(problem, grads, needs)
+    dense_stats, dense_grads = reference.forward_backward(problem, grads, needs, problem.hidden.dtype)
+    one_go = tiled.forward_backward(problem, grads, needs)
+    stats = tiled.forward(problem)
+    two_steps = stats, tiled.backward(problem, stats.lse, grads, needs)
+    finished = tiled.finish(tiled.partial(problem), problem)
+    for name, got in (("forward_backward", one_go), ("forward, backward", two_steps), ("partial", (finished, None))):
+        for part, exact, dense in zip(got, (exact_stats, exact_grads), (dense_stats, dense_grads), strict=True):
+            if part is not None:
+                for field, a, b, c in zip(part._fields, part, exact, dense, strict=True):
+                    terms = gradient_terms(problem, grads, field) if part is got[1] else 0.0
+                    if name == "forward, backward" and part is got[1]:
+                        terms *= max(1.0, float(exact_stats.lse.nan_to_num(0, 0, 0).abs().max()) / 8 if terms else 1.0)
+                    if (name, field) == ("partial", "smooth"):
+                        terms = smooth_terms(problem, exact_stats)
+                    assert_as_good(a, b, c, f"{name}: {field}", terms)
+    for got in (one_go[1], two_steps[1]):
+        for g in got:
+            assert g is None or (g.dtype == problem.hidden.dtype and g.is_contiguous())
+
+
+def tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, layout: str = "rows") -> Tensor:
+    """Normal values; `layout` is how they lie in memory."""
+    full = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+    if layout == "columns":
+        return full.T.contiguous().T
+    if layout == "strided" and len(shape) == 2:
+        return full.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3]
+    if layout == "expanded" and shape[0]:
+        return full[:1].expand(shape)
+    return full
+
+
+layouts = st.sampled_from(["rows", "columns", "strided", "expanded"])
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> tuple[Problem, RowGrads, Needs]:
+    """A problem with any of the options, row gradients that fit, and wanted gradients."""
+    n, d, v = draw(st.sampled_from([0, 1, 2, 17, 90, 150])), draw(st.integers(1, 40)), draw(st.integers(1, 300))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    ignore = draw(st.sampled_from([-100, 0, v + 5, None]))
+    target = torch.randint(0, v, (n,), generator=generator)
+    if ignore is not None:
+        target[torch.rand(n, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = ignore
+    smooth = draw(st.booleans())
+    stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    weighted = draw(st.booleans())
+    problem = Problem(
+        hidden=tensor((n, d), dtype, generator, draw(layouts)),
+        weight=tensor((v, d), dtype, generator, draw(layouts)),
+        bias=tensor((v,), dtype, generator) if draw(st.booleans()) else None,
+        target=target,
+        epilogue=Epilogue(
+            draw(st.sampled_from([1.0, 0.25, -1.0])),
+            draw(st.sampled_from([None, 2.0])),
+            draw(st.sampled_from([1.0, 3.0])),
+        ),
+        ignore_index=ignore,
+        skip_ignored=draw(st.booleans()),
+        smooth=smooth,
+        class_weight=torch.rand(v, generator=generator).to(stats_dtype) if smooth and weighted else None,
+        workspace=draw(st.sampled_from([None, 1, 1 << 12, 1 << 14, 1 << 16, 1 << 18])),
+    )
+    row = lambda: torch.randn(n, generator=generator).to(stats_dtype)  # noqa: E731
+    grads = RowGrads(row(), row() if draw(st.booleans()) else None, row() / v if smooth else None)
+    return problem, grads, Needs(*(draw(st.booleans()) for _ in range(3)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_every_option_is_as_good_as_dense_arithmetic(drawn):
+    check(*drawn)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("ignored", [0.0, 0.4])
+@pytest.mark.parametrize("rows, width, workspace", [(700, 160, 80), (300, 32, 80), (300, 32, 1000), (300, 200, 9)])
+def test_blocks_held_in_results_and_workspace(dtype, softcap, ignored, rows, width, workspace):
+    """First rows in the weight's gradient, more in the workspace and the tail of hidden's, the rest recomputed."""
+    generator, classes = torch.Generator().manual_seed(1), 3000
+    target = torch.randint(classes, (rows,), generator=generator)
+    target[torch.rand(rows, generator=generator) < ignored] = -100
+    problem = Problem(
+        tensor((rows, width), dtype, generator) * width**-0.5,
+        tensor((classes, width), dtype, generator),
+        tensor((classes,), dtype, generator),
+        target,
+        Epilogue(softcap=softcap),
+        smooth=True,
+        workspace=workspace * classes * 4,
+    )
+    check(problem, RowGrads(torch.rand(rows), torch.rand(rows), torch.rand(rows) / classes), ALL)
+
+
+def small(n: int = 6, d: int = 5, v: int = 11, **options: object) -> Problem:
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(v, (n,), generator=generator)
+    return replace(Problem(torch.randn(n, d), torch.randn(v, d), None, target), **options)
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_ignored_row_that_is_not_finite_makes_gradients_nan(skip):
+    problem = small(skip_ignored=skip)
+    problem.hidden[2, 1] = torch.nan
+    problem.target[torch.tensor([1, 2])] = -100
+    check(problem, RowGrads(torch.ones(6)), ALL)
+    stats, grads = tiled.forward_backward(problem, RowGrads(torch.ones(6)), ALL)
+    assert grads.weight.isnan().all() and stats.nll.isfinite().all()
+
+
+def test_all_rows_ignored_gives_zeros_whatever_the_row_gradients():
+    problem = small(target=torch.full((6,), -100))
+    nan = torch.full((6,), torch.nan)
+    stats, grads = tiled.forward_backward(problem, RowGrads(nan), ALL)
+    again = tiled.backward(problem, stats.lse, RowGrads(nan), ALL)
+    for t in (stats.nll, stats.lse, grads.hidden, grads.weight, again.hidden, again.weight):
+        assert not t.any()
+
+
+@pytest.mark.parametrize("value", [1e4, -1e4])
+def test_huge_logits_neither_overflow_nor_cancel(value):
+    hidden, weight = torch.full((3, 1), value), torch.tensor([[1.0], [-1.0], [1.0], [0.5]])
+    check(Problem(hidden, weight, None, torch.tensor([0, 1, 3])), RowGrads(torch.ones(3)), ALL)
+
+
+@pytest.mark.parametrize("masked", [[0, 3, 4], list(range(8)), list(range(11))])
+@pytest.mark.parametrize("workspace", [None, 1])
+def test_minus_infinity_from_the_bias_is_probability_zero(masked, workspace):
+    bias = torch.zeros(11)
+    bias[masked] = -torch.inf
+    check(small(bias=bias, workspace=workspace), RowGrads(torch.ones(6), torch.ones(6)), ALL)
+
+
+def test_minus_infinity_over_whole_chunks_of_the_vocabulary():
+    bias = torch.zeros(300)
+    bias[:200] = -torch.inf
+    problem = small(n=90, v=300, bias=bias, smooth=True, workspace=1)
+    problem = replace(problem, class_weight=torch.rand(300))
+    check(problem, RowGrads(torch.ones(90), None, torch.zeros(90)), ALL)
+
+
+@pytest.mark.parametrize("bad", [11, -1, 2**40])
+def test_target_out_of_range_raises_as_eager_does(bad):
+    problem = small()
+    problem.target[3] = bad
+    with pytest.raises(IndexError, match=rf"^Target {bad} is out of bounds\.$"):
+        tiled.forward(problem)
+
+
+@settings(max_examples=40, deadline=None)
+@given(problems(), st.lists(st.integers(0, 300), max_size=3))
+@example((small(smooth=True), RowGrads(torch.ones(6), None, torch.ones(6)), ALL), [4])
+def test_shards_combine_to_the_whole(drawn, cuts):
+    problem, grads, _ = drawn
+    v = problem.weight.shape[0]
+    edges = sorted({0, v, *(c for c in cuts if c < v)})
+    shards = []
+    for start, stop in pairwise(edges):
+        bias = None if problem.bias is None else problem.bias[start:stop]
+        shard = Shard(start, v)
+        shards.append(replace(problem, weight=problem.weight[start:stop], bias=bias, shard=shard))
+    exact_stats, exact_grads = reference.forward_backward(problem, grads, ALL)
+    dense_stats, dense_grads = reference.forward_backward(problem, grads, ALL, problem.hidden.dtype)
+    stats = tiled.finish(tiled.combine([tiled.partial(s) for s in shards]), shards[0])
+    for name, a, b, c in zip(Stats._fields, stats, exact_stats, dense_stats, strict=True):
+        assert_as_good(a, b, c, name, smooth_terms(problem, exact_stats) if name == "smooth" else 0.0)
+    parts = [tiled.backward(s, stats.lse, grads, ALL) for s in shards]
+    weight = torch.cat([p.weight for p in parts])
+    terms = gradient_terms(problem, grads, "weight")
+    assert_as_good(weight, exact_grads.weight, dense_grads.weight, "weight", terms)
+    if len(shards) == 1:
+        terms = gradient_terms(problem, grads, "hidden")
+        assert_as_good(parts[0].hidden, exact_grads.hidden, dense_grads.hidden, "hidden", terms)
+    elif problem.hidden.dtype == torch.float64:
+        total = sum(p.hidden for p in parts)
+        torch.testing.assert_close(total, exact_grads.hidden, rtol=1e-9, atol=1e-9)
+
+
+def test_a_shard_has_no_statistics_of_its_own():
+    problem = small(shard=Shard(0, 22))
+    with pytest.raises(ValueError, match=r"combine\(\)"):
+        tiled.forward(problem)
+    with pytest.raises(ValueError, match="whole vocabulary"):
+        tiled.partial(replace(problem, smooth=True, class_weight=torch.ones(11)))
+
+
+def extra_bytes(problem: Problem, needs: Needs) -> int:
+    """The peak of what forward_backward allocates beyond what it returns."""
+    rows = RowGrads(torch.ones(problem.target.shape[0]))
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as prof:
+        stats, grads = tiled.forward_backward(problem, rows, needs)
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak - sum(t.nbytes for t in (*stats, *grads) if t is not None)
+
+
+@pytest.mark.parametrize("workspace", [1 << 18, 1 << 20, 1 << 22])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("ignored", [0.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_workspace_bounds_the_memory_beyond_results(workspace, softcap, ignored, dtype):
+    generator, n, v = torch.Generator().manual_seed(0), 512, 8000
+    target = torch.randint(v, (n,), generator=generator)
+    target[torch.rand(n, generator=generator) < ignored] = -100
+    problem = Problem(
+        tensor((n, 64), dtype, generator),
+        tensor((v, 64), dtype, generator),
+        None,
+        target,
+        Epilogue(softcap=softcap),
+        workspace=workspace,
+    )
+    per_row = 256 * n  # sums (of each chunk too), coefficients and targets
+    for needs in (ALL, Needs(weight=False), Needs(hidden=False)):
+        extra = extra_bytes(problem, needs)
+        assert extra <= workspace + workspace // 16 + per_row, (needs, extra)
+
+
+def test_results_repeat_bit_by_bit():
+    problem = small(n=300, d=20, v=1000, workspace=1 << 18)
+    first, second = (tiled.forward_backward(problem, RowGrads(torch.ones(300)), ALL) for _ in range(2))
+    for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+def test_unwanted_gradients_are_none():
+    problem, rows = small(bias=torch.randn(11)), RowGrads(torch.ones(6))
+    for needs in (Needs(*wanted) for wanted in product((False, True), repeat=3)):
+        for grads in (tiled.forward_backward(problem, rows, needs)[1], tiled.backward(problem, rows.nll, rows, needs)):
+            assert isinstance(grads, Grads) and tuple(g is not None for g in grads) == tuple(needs)
+
+
+@pytest.mark.parametrize("options, match", [({"filter_eps": 0.1}, "filter_eps"), ({"workspace": 0}, "workspace")])
+def test_an_option_outside_its_range_is_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        tiled.forward(small(**options))
