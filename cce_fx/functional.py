@@ -192,11 +192,11 @@ def makes_grads_in_forward(strategy: str, reduction: str, dtype: torch.dtype) ->
 
 def _check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None) -> None:
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden is (..., D) and weight (V, D), not {tuple(hidden.shape)} and {tuple(weight.shape)}"
-        )
+        raise ValueError(f"hidden is (..., D) and weight (V, D), not {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if target.shape != hidden.shape[:-1]:
-        raise ValueError(f"target has the shape of hidden without D, {tuple(hidden.shape[:-1])}, not {tuple(target.shape)}")
+        raise ValueError(
+            f"target has the shape of hidden without D, {tuple(hidden.shape[:-1])}, not {tuple(target.shape)}"
+        )
     if class_weight is not None and class_weight.requires_grad:
         raise ValueError("class_weight has no gradient, here as in F.cross_entropy; pass it detached")
 

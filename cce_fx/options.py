@@ -46,7 +46,9 @@ class Options:
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             if value not in choices:
-                raise ValueError(f"option {name!r} is one of {', '.join(map(repr, choices))}, not {value!r}{_hint(value, choices)}")
+                raise ValueError(
+                    f"option {name!r} is one of {', '.join(map(repr, choices))}, not {value!r}{_hint(value, choices)}"
+                )
         _expect("workspace", self.workspace, "a positive number of bytes or None", _is_count(self.workspace, 1))
         _expect("min_vocab", self.min_vocab, "a number of classes or None", _is_count(self.min_vocab, 0))
         number = isinstance(self.filter_eps, (int, float)) and not isinstance(self.filter_eps, bool)

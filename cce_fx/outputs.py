@@ -76,7 +76,11 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
     results = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else None
     if results is None:
         return CutOutputs()
-    wanted = [(i, n) for i, n in enumerate(results) if isinstance(n, Node) and _is_cuttable(n, output, found, rewritten, policy)]
+    wanted = [
+        (i, n)
+        for i, n in enumerate(results)
+        if isinstance(n, Node) and _is_cuttable(n, output, found, rewritten, policy)
+    ]
     if not wanted:
         return CutOutputs()
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
@@ -184,7 +188,9 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
         for output in cut.lazy:
             hidden = places[output.hidden.kind][output.hidden.index]
             inputs = tuple(places[s.kind][s.index] for s in output.inputs)
-            results[output.index] = LazyLogits.make(HeadChain(hidden, inputs, output.chain, output.rowwise), output.like(hidden))
+            results[output.index] = LazyLogits.make(
+                HeadChain(hidden, inputs, output.chain, output.rowwise), output.like(hidden)
+            )
         return results[: cut.results]
 
     return call

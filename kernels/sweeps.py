@@ -49,9 +49,7 @@ def recompute(
 class _Recomputed:
     """The two loop orders of `recompute`, which share their tiles."""
 
-    def __init__(
-        self, problem: Problem, rows: Rows, lse: Tensor, c: Coefficients, needs: Needs, begin: int
-    ) -> None:
+    def __init__(self, problem: Problem, rows: Rows, lse: Tensor, c: Coefficients, needs: Needs, begin: int) -> None:
         self.problem, self.rows, self.lse, self.c, self.begin = problem, rows, lse, c, begin
         self.head = Head(problem)
         plan = make_plan(problem, rows, needs)

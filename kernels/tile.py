@@ -16,7 +16,6 @@ from .combine import finite, local_class_weight, statistics_dtype
 from .rows import Coefficients
 from .spec import Partials, Problem
 
-
 # Below these arguments exp is denormal or near it: a processor takes 20 times as long to make such a number, and as long
 # again to multiply it, and no sum that holds exp(0) can see it. (The powers of ten are just above exp of the argument.)
 _EXP_FLOOR = {torch.float32: (-75.0, 2.7e-33), torch.float64: (-690.0, 2.2e-300)}

@@ -110,7 +110,9 @@ def mutated_arguments(node: Node) -> list[Node]:
         if target._schema.is_mutable:
             for argument, value in zip(target._schema.arguments, node.args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
-                    written += [n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)]
+                    written += [
+                        n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)
+                    ]
         return written
     if isinstance(target, torch._ops.HigherOrderOperator):
         return node.all_input_nodes if "mutation" in target.name() else written
@@ -136,4 +138,3 @@ def is_inplace_name(method: str) -> bool:
 def is_inplace_callable(function: Callable[..., Any]) -> bool:
     """Whether a function or method descriptor writes to its first argument."""
     return function in _INPLACE_OPERATORS or is_inplace_name(getattr(function, "__name__", ""))
-

@@ -80,4 +80,6 @@ def ensure(gm: GraphModule, example_inputs: Sequence[Any] | None) -> bool:
 
 def _makes_tensor(node: Node) -> bool:
     """A node with no value is excused where nothing is known to come out of it, such as a context manager's entry."""
-    return node.op in ("call_function", "call_method", "call_module") and any(value_of(u) is not None for u in node.users)
+    return node.op in ("call_function", "call_method", "call_module") and any(
+        value_of(u) is not None for u in node.users
+    )

@@ -87,5 +87,3 @@ def _target_refusal(call: Call, view: LogitsView, target: Any) -> Outcome:
     if value.dtype != torch.int64 or value.dim() != len(rows):
         return call.decline(Reason.TARGET, f"{value.dtype} of {value.dim()} dimensions")
     return None
-
-

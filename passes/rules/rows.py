@@ -36,7 +36,11 @@ def _class_dim_after(view: LogitsView, shape: tuple[Any, ...]) -> int | None:
             continue
         if not after and dim == len(shape) - 1:
             return dim
-        if after and same(_product(shape[:dim]), _product(before)) and same(_product(shape[dim + 1 :]), _product(after)):
+        if (
+            after
+            and same(_product(shape[:dim]), _product(before))
+            and same(_product(shape[dim + 1 :]), _product(after))
+        ):
             return dim
     return None
 

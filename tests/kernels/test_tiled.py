@@ -9,130 +9,10 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from cce_fx.kernels import reference, tiled
 from cce_fx.kernels.spec import Epilogue, Grads, Needs, Problem, RowGrads, Shard, Stats
-
-ALL = Needs()
-
-
-def assert_as_good(
-    found: Tensor | None, exact: Tensor | None, dense: Tensor | None, what: str, terms: float = 0.0
-) -> None:
-    """`found` is off from the float64 `exact` by no more than `dense` arithmetic in its dtype, and a few ulp.
-
-    `terms` is the size of what `found` is a difference of, where the contract itself rounds those.
-    """
-    assert (found is None) == (exact is None), what
-    if found is None or exact is None or dense is None:
-        return
-    assert found.shape == exact.shape, what
-    assert torch.equal(found.isnan(), exact.isnan()), f"{what}: NaN in other places"
-    finite = exact.isfinite()
-    assert torch.equal(found.double()[exact.isinf()], exact[exact.isinf()]), f"{what}: other infinities"
-    if not finite.any():
-        return
-    exact, error = exact[finite], (found.double()[finite] - exact[finite]).abs()
-    dense = dense.double()[finite]
-    allowed = (dense - exact).abs().nan_to_num(torch.inf).max()
-    kind, size = torch.finfo(found.dtype), max(float(exact.abs().max()), terms)
-    few_ulp = 8 * kind.eps * size + 64 * kind.tiny
-    if found.dtype == torch.float64:  # where the answer itself is of this dtype, and tells nothing of its error
-        few_ulp = 1e-12 * max(size, 1.0)
-    assert error.max() <= allowed + few_ulp, f"{what}: off by {error.max():.3g}, dense by {allowed:.3g} + {few_ulp:.3g}"
-
-
-def smooth_terms(problem: Problem, stats: Stats) -> float:
-    """The size of sum(w) lse, of which a shard's sum of logits is taken; both are rounded in Partials."""
-    weight = problem.weight.shape[0] if problem.class_weight is None else float(problem.class_weight.sum())
-    return weight * float(stats.lse.nan_to_num(0, 0, 0).abs().max()) if stats.lse.numel() else 0.0
-
-
-def gradient_terms(problem: Problem, grads: RowGrads, field: str) -> float:
-    """The size of what a gradient is a sum of: probability and one-hot times row gradient times the other factor."""
-    if problem.target.numel() == 0:
-        return 0.0
-    classes, e = problem.weight.shape[0], problem.epilogue
-    row = grads.nll.abs().max() + (0 if grads.lse is None else grads.lse.abs().max())
-    row = row + (0 if grads.smooth is None else grads.smooth.abs().max() * classes)
-    factor = {"hidden": problem.weight, "weight": problem.hidden, "bias": torch.ones(1)}[field]
-    return float((row * abs(e.scale * e.post_scale) * factor.double().abs().max()).nan_to_num(0, 0, 0))
-
-
-def check(problem: Problem, grads: RowGrads, needs: Needs) -> None:
-    """Every entry point of the kernel agrees with the reference.
-
-    A backward of its own takes the lse as the forward rounded it: its probabilities are off by that much, times p.
-    """
-    exact_stats, exact_grads = reference.forward_backward(problem, grads, needs)
-    dense_stats, dense_grads = reference.forward_backward(problem, grads, needs, problem.hidden.dtype)
-    one_go = tiled.forward_backward(problem, grads, needs)
-    stats = tiled.forward(problem)
-    two_steps = stats, tiled.backward(problem, stats.lse, grads, needs)
-    finished = tiled.finish(tiled.partial(problem), problem)
-    for name, got in (("forward_backward", one_go), ("forward, backward", two_steps), ("partial", (finished, None))):
-        for part, exact, dense in zip(got, (exact_stats, exact_grads), (dense_stats, dense_grads), strict=True):
-            if part is not None:
-                for field, a, b, c in zip(part._fields, part, exact, dense, strict=True):
-                    terms = gradient_terms(problem, grads, field) if part is got[1] else 0.0
-                    if name == "forward, backward" and part is got[1]:
-                        terms *= max(1.0, float(exact_stats.lse.nan_to_num(0, 0, 0).abs().max()) / 8 if terms else 1.0)
-                    if (name, field) == ("partial", "smooth"):
-                        terms = smooth_terms(problem, exact_stats)
-                    assert_as_good(a, b, c, f"{name}: {field}", terms)
-    for got in (one_go[1], two_steps[1]):
-        for g in got:
-            assert g is None or (g.dtype == problem.hidden.dtype and g.is_contiguous())
-
-
-def tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, layout: str = "rows") -> Tensor:
-    """Normal values; `layout` is how they lie in memory."""
-    full = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-    if layout == "columns":
-        return full.T.contiguous().T
-    if layout == "strided" and len(shape) == 2:
-        return full.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3]
-    if layout == "expanded" and shape[0]:
-        return full[:1].expand(shape)
-    return full
-
-
-layouts = st.sampled_from(["rows", "columns", "strided", "expanded"])
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> tuple[Problem, RowGrads, Needs]:
-    """A problem with any of the options, row gradients that fit, and wanted gradients."""
-    n, d, v = draw(st.sampled_from([0, 1, 2, 17, 90, 150])), draw(st.integers(1, 40)), draw(st.integers(1, 300))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    ignore = draw(st.sampled_from([-100, 0, v + 5, None]))
-    target = torch.randint(0, v, (n,), generator=generator)
-    if ignore is not None:
-        target[torch.rand(n, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = ignore
-    smooth = draw(st.booleans())
-    stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    weighted = draw(st.booleans())
-    problem = Problem(
-        hidden=tensor((n, d), dtype, generator, draw(layouts)),
-        weight=tensor((v, d), dtype, generator, draw(layouts)),
-        bias=tensor((v,), dtype, generator) if draw(st.booleans()) else None,
-        target=target,
-        epilogue=Epilogue(
-            draw(st.sampled_from([1.0, 0.25, -1.0])),
-            draw(st.sampled_from([None, 2.0])),
-            draw(st.sampled_from([1.0, 3.0])),
-        ),
-        ignore_index=ignore,
-        skip_ignored=draw(st.booleans()),
-        smooth=smooth,
-        class_weight=torch.rand(v, generator=generator).to(stats_dtype) if smooth and weighted else None,
-        workspace=draw(st.sampled_from([None, 1, 1 << 12, 1 << 14, 1 << 16, 1 << 18])),
-    )
-    row = lambda: torch.randn(n, generator=generator).to(stats_dtype)  # noqa: E731
-    grads = RowGrads(row(), row() if draw(st.booleans()) else None, row() / v if smooth else None)
-    return problem, grads, Needs(*(draw(st.booleans()) for _ in range(3)))
+from tests.kernels.contract import ALL, assert_as_good, check, gradient_terms, problems, small, smooth_terms, tensor
 
 
 @settings(max_examples=150, deadline=None)
@@ -160,12 +40,6 @@ def test_blocks_held_in_results_and_workspace(dtype, softcap, ignored, rows, wid
         workspace=workspace * classes * 4,
     )
     check(problem, RowGrads(torch.rand(rows), torch.rand(rows), torch.rand(rows) / classes), ALL)
-
-
-def small(n: int = 6, d: int = 5, v: int = 11, **options: object) -> Problem:
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(v, (n,), generator=generator)
-    return replace(Problem(torch.randn(n, d), torch.randn(v, d), None, target), **options)
 
 
 @pytest.mark.parametrize("skip", [True, False])
