@@ -16,6 +16,7 @@ them: see `cce_fx.functional`. Source: Cut Cross-Entropy, arXiv 2411.09009; the 
 from __future__ import annotations
 
 import importlib
+import os
 from types import ModuleType
 from typing import Any
 
@@ -40,7 +41,9 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _kernel(device: torch.device) -> ModuleType:
-    name = "triton" if device.type == "cuda" and importlib.util.find_spec("triton") else "tiled"
+    # With TRITON_INTERPRET=1 triton runs the GPU's kernels on CPU tensors, for tests and debugging.
+    gpu = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    name = "triton" if gpu and importlib.util.find_spec("triton") else "tiled"
     return importlib.import_module(f".kernels.{name}", __package__)
 
 

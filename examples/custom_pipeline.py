@@ -1,6 +1,6 @@
 """The pass in a pipeline of your own: on an fx graph, inside inductor, and with a rule for your own operation.
 
-    python examples/custom_pipeline.py
+python examples/custom_pipeline.py
 """
 
 import torch
@@ -42,7 +42,9 @@ def inside_inductor(model, hidden, target):
     cut = CutCrossEntropyPass()
     with torch._inductor.config.patch(pre_grad_custom_pass=_sequence(count_nodes, cut, count_nodes)):
         loss = torch.compile(model)(hidden, target)
-    print(f"inductor's graph had {seen[0]} nodes before the pass and {seen[-1]} after; {len(cut.report.rewritten)} loss cut")
+    print(
+        f"inductor's graph had {seen[0]} nodes before the pass and {seen[-1]} after; {len(cut.report.rewritten)} loss cut"
+    )
     return loss
 
 

@@ -161,9 +161,8 @@ class _Storage:
         spare = self._new(count * columns) if self.plan.tiles > 1 else None
         return Block(0, count, chunks, tiles, spare)
 
-    def _in_workspace(self, first: int, count: int) -> Block:
-        while True:
-            columns = self._columns(count)
+    def _in_workspace(self, first: int, count: int) -> Block | None:
+        while columns := self._columns(count):
             chunks = spans(self.classes, columns)
             if self.buffer is None:
                 whole = self.plan.elements - self.plan.beside(count, columns)
@@ -177,7 +176,10 @@ class _Storage:
                 self.spare = None  # freed before there is another
                 self.spare = self._new(count * columns)
                 return Block(first, first + count, chunks, tiles, self.spare)
+            if count == 1:
+                break
             count -= min(ROW_STEP, count - 1)
+        return None
 
     def _new(self, elements: int) -> Tensor:
         return self.like.new_empty(elements, dtype=self.head_dtype)

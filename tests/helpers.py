@@ -110,4 +110,3 @@ def assert_no_worse(name: str, exact: Tensor | None, eager: Tensor | None, ours:
     allowed = float((eager - exact).abs().max()) + ulps * scale * eps
     error = float((ours - exact).abs().max())
     assert error <= allowed, f"{name}: error {error:.3g} against fp64, eager's is {allowed:.3g} with {ulps} ulp"
-

@@ -79,7 +79,11 @@ class Program:
         y[torch.rand((b, t), generator=gen) < self.ignored] = self.ignore_index
         h, w, bias = (x.to(self.dtype) for x in rand)
         needs = (self.grads[0], self.grads[1], self.grads[1])
-        return [*(x.requires_grad_(n) for x, n in zip((h, w, bias), needs, strict=True)), class_weight.to(self.dtype), y]
+        return [
+            *(x.requires_grad_(n) for x, n in zip((h, w, bias), needs, strict=True)),
+            class_weight.to(self.dtype),
+            y,
+        ]
 
     def __repr__(self) -> str:
         return f"\n{self.source}\n# {self.shape=} {self.dtype=} {self.grads=} {self.ignored=} {self.seed=}\n"

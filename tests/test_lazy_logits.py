@@ -277,7 +277,9 @@ LOSSES = {
     "flat": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)),
     "shifted": lambda z, y: F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1)),
     "class dim second": lambda z, y: F.cross_entropy(z.transpose(1, 2), y),
-    "options": lambda z, y: F.cross_entropy(z.float().view(-1, V) / 2, y.view(-1), label_smoothing=0.1, reduction="sum"),
+    "options": lambda z, y: F.cross_entropy(
+        z.float().view(-1, V) / 2, y.view(-1), label_smoothing=0.1, reduction="sum"
+    ),
     "none": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1), reduction="none").mean(),
     "module": lambda z, y: nn.CrossEntropyLoss(ignore_index=-100)(z.flatten(0, 1), y.flatten()),
     "nll": lambda z, y: F.nll_loss(F.log_softmax(z, dim=-1).view(-1, V), y.view(-1)),

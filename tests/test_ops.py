@@ -49,7 +49,14 @@ def test_functional_gradcheck(strategy: str, reduction: str, smoothing: float) -
 
     def loss(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
         return cce_fx.linear_cross_entropy(
-            h, w, y, bias=b, reduction=reduction, label_smoothing=smoothing, softcap=3.0, strategy=strategy  # type: ignore[arg-type]
+            h,
+            w,
+            y,
+            bias=b,
+            reduction=reduction,
+            label_smoothing=smoothing,
+            softcap=3.0,
+            strategy=strategy,  # type: ignore[arg-type]
         )
 
     assert torch.autograd.gradcheck(loss, (h, w, b))

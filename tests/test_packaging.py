@@ -77,7 +77,11 @@ def test_an_installed_wheel_works_from_another_folder(built: Path, tmp_path: Pat
     assert {p.name for p in site.iterdir() if not p.name.endswith(".dist-info")} == {"cce_fx"}
     script.write_text(SCRIPT)
     run = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"}
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(site), "PATH": "/usr/bin:/bin"},
     )
     assert run.returncode == 0, run.stderr
     assert str(site) in run.stdout

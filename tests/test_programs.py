@@ -14,7 +14,12 @@ EXAMPLES = int(os.environ.get("CCE_FX_PROGRAMS", "150"))
 
 @given(programs())
 @settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, print_blob=True, phases=[Phase.explicit, Phase.generate]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=list(HealthCheck),
+    derandomize=True,
+    print_blob=True,
+    phases=[Phase.explicit, Phase.generate],
 )
 def test_a_rewritten_program_equals_eager(program: Program) -> None:
     watch = compare(program.function(), program.tensors())
@@ -23,5 +28,3 @@ def test_a_rewritten_program_equals_eager(program: Program) -> None:
     widest = max(rows * program.shape[2], classes * program.shape[2], rows, classes)
     # No tensor as large as the logits, unless hidden or weight is itself.
     assert watch.largest() < max((program.shape[0]) * (program.shape[1] - 1) * classes, widest + 1)
-
-

@@ -181,8 +181,12 @@ def test_autocast(inside: bool) -> None:
         ours = step(torch.compile(program, backend="cce", options={"inner": watch, "min_vocab": 0}), [h, w, y])
     assert watch.rewritten
     exact = step(loss, [h.double(), w.double(), y])
-    for e, a, b in zip((*exact.outputs, *exact.grads[:2]), (*eager.outputs, *eager.grads[:2]),
-                       (*ours.outputs, *ours.grads[:2]), strict=True):
+    for e, a, b in zip(
+        (*exact.outputs, *exact.grads[:2]),
+        (*eager.outputs, *eager.grads[:2]),
+        (*ours.outputs, *ours.grads[:2]),
+        strict=True,
+    ):
         assert a.dtype == b.dtype
         assert (b - e).abs().max() <= (a - e).abs().max() + 0.01 * e.abs().max()
 

@@ -44,7 +44,9 @@ def backward(
     if not any(needs) or 0 in (head.n, head.v, head.d):
         return _zeros(problem, needs)
     rows, found = select(problem, lse, grads), make_filter(problem)
-    out = recompute(head, rows, needs, found) if plan.strategy == "recompute" else chunked(head, rows, needs, plan, found)
+    out = (
+        recompute(head, rows, needs, found) if plan.strategy == "recompute" else chunked(head, rows, needs, plan, found)
+    )
     if report is not None and found is not None:
         report.append(found)
     return out
@@ -76,5 +78,8 @@ def forward_backward(
 def _zeros(problem: Problem, needs: Needs) -> Grads:
     wanted = zip((problem.hidden, problem.weight, problem.bias), needs, strict=True)
     return Grads(
-        *(torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else None for t, need in wanted)
+        *(
+            torch.zeros(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else None
+            for t, need in wanted
+        )
     )

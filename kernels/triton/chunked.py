@@ -17,7 +17,7 @@ from .head import Head, cdiv
 from .products import into_hidden, into_weight
 from .rows import Rows
 from .sweep import join
-from .tiles import Scratch, hold, make_scratch, release, write_gradient
+from .tiles import RELEASE_ROWS, Scratch, hold, make_scratch, release, write_gradient
 
 
 def chunked(head: Head, rows: Rows, needs: Needs, plan: Plan, found: Filter | None = None) -> Grads:
@@ -46,7 +46,7 @@ def chunked(head: Head, rows: Rows, needs: Needs, plan: Plan, found: Filter | No
 def held(head: Head, rows: Rows, needs: Needs, plan: Plan) -> tuple[Stats, Grads]:
     """Stats and gradients with all tiles in scratch memory, so that each is computed once. Needs no cap, no filter."""
     d_hidden, d_weight, d_bias = _outputs(head, needs)
-    s = make_scratch(head, head.n, head.v, plan.blas, d_bias is not None, None)
+    s = make_scratch(head, head.n, plan.width, plan.blas, d_bias is not None, None, RELEASE_ROWS)
     parts = hold(head, rows, s)
     stats = join(head, rows, parts)
     assert parts[0] is not None

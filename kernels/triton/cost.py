@@ -103,7 +103,7 @@ def recompute_plan(head: Head, needs: Needs) -> Plan:
     if needs.bias and not needs.weight:
         each.append(1)
     # With few rows, too few programs own a piece of d_hidden to fill the machine.
-    busy = min(1.0, cdiv(head.n, f.own) * groups / head.machine.processors)
+    busy = min(1.0, max(1, cdiv(head.n, f.own)) * groups / head.machine.processors)
     seconds = product_seconds(head, sum(each[1:]) if needs.hidden else sum(each))
     if needs.hidden:
         seconds += product_seconds(head, each[0]) / busy
@@ -122,10 +122,10 @@ def chunked_plans(head: Head, needs: Needs, blas: bool, forced: bool, with_stats
 
     plans = []
     if with_stats and head.problem.epilogue.softcap is None and head.problem.filter_eps is None:
-        if head.n * head.v * size <= limit:
+        if head.n * columns * size <= limit:
             seconds = product_seconds(head, outputs + 1) + traffic_seconds(head, entries * (outputs + 3))
-            # The others are given lse; here its product is included, so they are charged for it below.
-            plans.append(Plan("held", head.v, 0, blas, head.n * head.v * size, seconds))
+            # lse comes out of the same product; the plans below are charged with one for it.
+            plans.append(Plan("held", columns, 0, blas, head.n * columns * size, seconds))
     lse = product_seconds(head, 1) if with_stats else 0.0
     sums = _sums_bytes(head) if needs.hidden else 0
     width = widest(limit)

@@ -78,7 +78,9 @@ def _gpu(index: int) -> Machine:
         base = BY_ARCH.get(p.gcnArchName.split(":")[0], BY_ARCH["gfx942"])
     else:
         # A capability that the table lacks is served by the newest one below it.
-        known = [m for m in BY_ARCH.values() if isinstance(m.capability, int) and m.capability <= 10 * p.major + p.minor]
+        known = [
+            m for m in BY_ARCH.values() if isinstance(m.capability, int) and m.capability <= 10 * p.major + p.minor
+        ]
         base = max(known, key=lambda m: m.capability, default=BY_ARCH["sm_80"])
     shared = getattr(p, "shared_memory_per_block_optin", base.shared)
     return base.like(p.name, p.multi_processor_count, shared, getattr(p, "L2_cache_size", base.l2) or base.l2)

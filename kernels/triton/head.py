@@ -45,9 +45,7 @@ class Head:
 
     @property
     def precision(self) -> str:
-        """How products are made: fp32 exactly, unless torch is told that TensorFloat-32 will do. See `tile.dot`."""
-        if self.machine.backend == "cpu":
-            return "wide"
+        """How fp32 products are made: exactly, unless torch is told that TensorFloat-32 will do."""
         fast = self.machine.backend == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return "tf32" if fast and self.problem.hidden.dtype == torch.float32 else "ieee"
 
@@ -71,8 +69,10 @@ class Head:
             "stride_wd": p.weight.stride(1),
             "INNER": e.scale / e.softcap if capped else e.scale * e.post_scale,
             "OUTER": e.softcap * e.post_scale if capped else 1.0,
-            "CAPPED": capped,
-            "ACC": tl.float64 if self.dtype == torch.float64 else tl.float32,
+            # The rounding of half-precision inputs hides what a quick tanh leaves out.
+            "CAPPED": 0 if not capped else 1 if p.hidden.element_size() == 2 else 2,
+            "ACC": tl_dtype(self.dtype),
+            "OPERAND": tl_dtype(self.dtype if self.machine.backend == "cpu" else p.hidden.dtype),
             "PRECISION": self.precision,
         }
 
@@ -86,7 +86,15 @@ def make_head(problem: Problem) -> Head:
     """Raises NotImplementedError for a device without kernels, ValueError for an unfit `class_weight`."""
     machine = machine_of(problem.hidden.device)
     weights = local_class_weight(problem) if problem.smooth else None
-    return Head(problem, machine, machine.config(problem.hidden.dtype), None if weights is None else weights.contiguous())
+    heavy = problem.smooth or problem.epilogue.softcap is not None
+    heavy = heavy or problem.bias is not None or problem.filter_eps is not None
+    config = machine.config(problem.hidden.dtype, heavy)
+    return Head(problem, machine, config, None if weights is None else weights.contiguous())
+
+
+def tl_dtype(dtype: torch.dtype) -> tl.dtype:
+    """Triton's name of a floating dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
 
 
 def cdiv(a: int, b: int) -> int:

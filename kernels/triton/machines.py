@@ -47,7 +47,9 @@ class Fused:
 class Config:
     """Block shapes of every kernel for one dtype on one machine."""
 
-    logits: Tile  # tiles of logits: rows of hidden by columns of the vocabulary
+    sweep: Tile  # tiles of logits in the forward: rows of hidden by columns of the vocabulary
+    logits: Tile  # the same where tiles are written to scratch memory
+    heavy: Tile  # instead of both, where a cap, a bias, smoothing or a filter needs registers too
     product: Tile  # the two products of the chunked backward
     fused: Fused  # the fused kernels of the recompute backward
 
@@ -72,9 +74,10 @@ class Machine:
     l2_rate: float
     configs: dict[str, Config] = field(repr=False, default_factory=dict)
 
-    def config(self, dtype: torch.dtype) -> Config:
-        """Block shapes for inputs of `dtype`."""
-        return self.configs[{torch.float64: "64", torch.float32: "32"}.get(dtype, "16")]
+    def config(self, dtype: torch.dtype, heavy: bool = False) -> Config:
+        """Block shapes for inputs of `dtype`; `heavy` says that the tiles of logits need more than their products."""
+        config = self.configs[{torch.float64: "64", torch.float32: "32"}.get(dtype, "16")]
+        return replace(config, sweep=config.heavy, logits=config.heavy) if heavy else config
 
     def flops(self, dtype: torch.dtype, tf32: bool = False) -> float:
         """Peak matrix rate for inputs of `dtype`."""
@@ -89,59 +92,66 @@ class Machine:
         return replace(self, name=name, processors=processors, shared=shared, l2=l2)
 
 
-_SINGLE = Config(Tile(64, 64, 32, 4, 3), Tile(64, 64, 32, 4, 3), Fused(32, 32, 32, 128, 4, 2))
-_DOUBLE = Config(Tile(32, 32, 16, 4, 2), Tile(32, 32, 16, 4, 2), Fused(32, 32, 16, 64, 4, 2))
+def _alike(tile: Tile, fused: Fused) -> Config:
+    return Config(tile, tile, tile, tile, fused)
+
+
+_SINGLE = _alike(Tile(64, 64, 32, 4, 3), Fused(32, 32, 32, 128, 4, 2))
+_DOUBLE = _alike(Tile(32, 32, 16, 4, 2), Fused(32, 32, 16, 64, 4, 2))
+_A, _H, _M = Tile(128, 128, 32, 8, 4), Tile(256, 128, 64, 8, 3), Tile(256, 128, 64, 8, 2)
 _HALF = {
-    "sm_80": Config(Tile(128, 128, 32, 4, 4), Tile(128, 128, 32, 4, 4), Fused(64, 64, 32, 256, 8, 3)),
-    "sm_86": Config(Tile(128, 128, 32, 4, 3), Tile(128, 128, 32, 4, 3), Fused(64, 64, 32, 256, 8, 2)),
-    "sm_90": Config(Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 4), Fused(128, 64, 64, 256, 8, 3)),
-    "sm_100": Config(Tile(128, 256, 64, 8, 4), Tile(128, 256, 64, 8, 4), Fused(128, 128, 64, 256, 8, 2)),
-    "gfx942": Config(Tile(128, 128, 32, 4, 2), Tile(128, 128, 32, 4, 2), Fused(64, 64, 32, 256, 8, 2)),
+    "sm_80": Config(_A, Tile(256, 128, 32, 8, 3), _A, _A, Fused(64, 64, 32, 256, 8, 3)),
+    "sm_86": _alike(Tile(128, 128, 32, 8, 3), Fused(64, 64, 32, 256, 8, 2)),
+    "sm_90": Config(_H, _H, Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Fused(64, 128, 64, 256, 8, 3)),
+    "sm_100": _alike(Tile(128, 128, 64, 8, 4), Fused(64, 64, 64, 256, 8, 3)),
+    "gfx942": Config(_M, _M, Tile(128, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2), Fused(64, 64, 32, 256, 8, 2)),
 }
-_SMALL = Config(Tile(16, 32, 16, 1, 1), Tile(16, 16, 16, 1, 1), Fused(16, 16, 16, 32, 1, 1))
+# The interpreter pays for every operation and not for its size.
+_TEST = Tile(16, 64, 32, 1, 1)
+_SMALL = Config(_TEST, _TEST, _TEST, Tile(16, 32, 16, 1, 1), Fused(16, 32, 32, 32, 1, 1))
 
 
 def _configs(name: str) -> dict[str, Config]:
     return {"16": _HALF[name], "32": _SINGLE, "64": _DOUBLE}
 
 
-_T, _K, _M = 1e12, 1 << 10, 1 << 20
+_T, _KIB, _MIB = 1e12, 1 << 10, 1 << 20
 A100 = Machine(
-    name="A100", arch="sm_80", backend="cuda", capability=80, warp=32, processors=108, shared=163 * _K, l2=40 * _M,
+    name="A100", arch="sm_80", backend="cuda", capability=80, warp=32, processors=108, shared=163 * _KIB, l2=40 * _MIB,
     flops16=312 * _T, flops32=19.5 * _T, flops_tf32=156 * _T, flops64=19.5 * _T, memory_rate=2.04 * _T,
     l2_rate=4.5 * _T, configs=_configs("sm_80"),
 )  # fmt: skip
 RTX3090 = Machine(
-    name="RTX 3090", arch="sm_86", backend="cuda", capability=86, warp=32, processors=82, shared=99 * _K, l2=6 * _M,
+    name="RTX 3090", arch="sm_86", backend="cuda", capability=86, warp=32, processors=82, shared=99 * _KIB, l2=6 * _MIB,
     flops16=71 * _T, flops32=35.6 * _T, flops_tf32=35.6 * _T, flops64=0.56 * _T, memory_rate=0.94 * _T,
     l2_rate=2.5 * _T, configs=_configs("sm_86"),
 )  # fmt: skip
 L40S = Machine(
-    name="L40S", arch="sm_89", backend="cuda", capability=89, warp=32, processors=142, shared=99 * _K, l2=96 * _M,
+    name="L40S", arch="sm_89", backend="cuda", capability=89, warp=32, processors=142, shared=99 * _KIB, l2=96 * _MIB,
     flops16=362 * _T, flops32=91.6 * _T, flops_tf32=183 * _T, flops64=1.4 * _T, memory_rate=0.86 * _T,
     l2_rate=5 * _T, configs=_configs("sm_86"),
 )  # fmt: skip
 H100 = Machine(
-    name="H100", arch="sm_90", backend="cuda", capability=90, warp=32, processors=132, shared=227 * _K, l2=50 * _M,
+    name="H100", arch="sm_90", backend="cuda", capability=90, warp=32, processors=132, shared=227 * _KIB, l2=50 * _MIB,
     flops16=989 * _T, flops32=67 * _T, flops_tf32=495 * _T, flops64=67 * _T, memory_rate=3.35 * _T,
     l2_rate=5.5 * _T, configs=_configs("sm_90"),
 )  # fmt: skip
 H200 = replace(H100, name="H200", memory_rate=4.8 * _T)
 B200 = Machine(
-    name="B200", arch="sm_100", backend="cuda", capability=100, warp=32, processors=148, shared=227 * _K, l2=126 * _M,
+    name="B200", arch="sm_100", backend="cuda", capability=100, warp=32, processors=148, shared=227 * _KIB, l2=126 * _MIB,
     flops16=2250 * _T, flops32=75 * _T, flops_tf32=1100 * _T, flops64=37 * _T, memory_rate=7.7 * _T,
     l2_rate=10 * _T, configs=_configs("sm_100"),
 )  # fmt: skip
 MI300X = Machine(
-    name="MI300X", arch="gfx942", backend="hip", capability="gfx942", warp=64, processors=304, shared=64 * _K,
-    l2=256 * _M, flops16=1307 * _T, flops32=163 * _T, flops_tf32=653 * _T, flops64=163 * _T, memory_rate=5.3 * _T,
+    name="MI300X", arch="gfx942", backend="hip", capability="gfx942", warp=64, processors=304, shared=64 * _KIB,
+    l2=256 * _MIB, flops16=1307 * _T, flops32=163 * _T, flops_tf32=653 * _T, flops64=163 * _T, memory_rate=5.3 * _T,
     l2_rate=14 * _T, configs=_configs("gfx942"),
 )  # fmt: skip
 MACHINES = {m.name: m for m in (A100, RTX3090, L40S, H100, H200, B200, MI300X)}
 # The machine that stands for each architecture where the driver's figures are not asked.
 BY_ARCH = {m.arch: m for m in (A100, RTX3090, L40S, H100, B200, MI300X)}
 INTERPRETER = Machine(
-    name="interpreter", arch="cpu", backend="cpu", capability="cpu", warp=1, processors=4, shared=_M, l2=_M,
+    name="interpreter", arch="cpu", backend="cpu", capability="cpu", warp=1, processors=4, shared=_MIB, l2=_MIB,
     flops16=1e9, flops32=1e9, flops_tf32=1e9, flops64=1e9, memory_rate=1e9, l2_rate=1e9,
     configs=dict.fromkeys(("16", "32", "64"), _SMALL),
 )  # fmt: skip

@@ -15,7 +15,7 @@ from .device import launch
 from .filtering import Filter
 from .head import Head, cdiv
 from .rows import Rows
-from .tile import dot, narrow, swizzle
+from .tile import narrow, swizzle
 from .tiles import Scratch
 
 
@@ -42,12 +42,14 @@ def _into_hidden(
     groups,
     GROUP,
     ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     ORDERED: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,  # classes that share a flag; DEPTH where there are none
+    FLAG_ROWS: tl.constexpr,  # rows that share a flag
 ):
     block, part = swizzle(tl.program_id(0), blocks, groups, GROUP)
     count = tl.load(state)
@@ -67,7 +69,7 @@ def _into_hidden(
     for piece in range(0, tl.cdiv(stop - start, STEP)):
         wanted = True
         if flags is not None:
-            wanted = tl.load(flags + block * tiles + piece) != 0
+            wanted = tl.load(flags + block * ROWS // FLAG_ROWS * tiles + piece) != 0
         if wanted:
             for inner in range(0, STEP // DEPTH):
                 at = piece * STEP + inner * DEPTH + k
@@ -78,12 +80,12 @@ def _into_hidden(
                 a = tl.load(lines + at[None, :], mask=kept[:, None] & inside[None, :], other=0.0)
                 b = weight + c.to(tl.int64)[:, None] * stride_wv + d_offset
                 b = tl.load(b, mask=inside[:, None] & (d[None, :] < D), other=0.0)
-                total = dot(a, b, total, ACC, PRECISION)
+                total = tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
     if before is not None:
         total += tl.load(before + into, mask=mask, other=0.0)
     if unit is not None:
         total *= tl.load(unit)
-    tl.store(out + into, narrow(total, out.dtype.element_ty, PRECISION), mask=mask)
+    tl.store(out + into, narrow(total, out.dtype.element_ty, OPERAND), mask=mask)
 
 
 @triton.jit
@@ -107,6 +109,7 @@ def _into_weight(
     groups,
     GROUP,
     ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     ORDERED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -136,14 +139,14 @@ def _into_weight(
                 a = tl.load(a, mask=kept[:, None] & inside[None, :], other=0.0)
                 b = hidden + row.to(tl.int64)[:, None] * stride_hn + d_offset
                 b = tl.load(b, mask=kept[:, None] & (d[None, :] < D), other=0.0)
-                total = dot(tl.trans(a), b, total, ACC, PRECISION)
+                total = tl.dot(tl.trans(a).to(OPERAND), b.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
     if unit is not None:
         total *= tl.load(unit)
     c = start + at
     if ORDERED:
         c = tl.load(order + c, mask=inside, other=0)
     into = out + c.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(into, narrow(total, out.dtype.element_ty, PRECISION), mask=inside[:, None] & (d[None, :] < D))
+    tl.store(into, narrow(total, out.dtype.element_ty, OPERAND), mask=inside[:, None] & (d[None, :] < D))
 
 
 def into_hidden(
@@ -158,7 +161,7 @@ def into_hidden(
         return
     args = head.args(rows)
     blocks, groups = cdiv(min(s.tile.shape[0], head.n - place), t.rows), cdiv(head.d, t.cols)
-    shared = ("weight", "index", "state", "D", "stride_wv", "stride_wd", "ACC", "PRECISION")
+    shared = ("weight", "index", "state", "D", "stride_wv", "stride_wd", "ACC", "OPERAND", "PRECISION")
     launch(
         p.hidden.device,
         _into_hidden,
@@ -184,6 +187,7 @@ def into_hidden(
         COLS=t.cols,
         DEPTH=t.depth,
         STEP=t.depth if found is None else head.config.logits.cols,
+        FLAG_ROWS=head.config.logits.rows,
     )
 
 
@@ -197,7 +201,7 @@ def into_weight(
         return
     args = head.args(rows)
     blocks, groups = cdiv(stop - start, t.rows), cdiv(head.d, t.cols)
-    shared = ("hidden", "index", "state", "D", "stride_hn", "stride_hd", "ACC", "PRECISION")
+    shared = ("hidden", "index", "state", "D", "stride_hn", "stride_hd", "ACC", "OPERAND", "PRECISION")
     launch(
         p.hidden.device,
         _into_weight,

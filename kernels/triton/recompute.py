@@ -24,7 +24,7 @@ from .device import launch
 from .filtering import Filter
 from .head import Head, cdiv
 from .rows import Rows
-from .tile import columns, dot, gradient, narrow, negligible, product, rows_at, swizzle
+from .tile import columns, gradient, narrow, negligible, product, rows_at, swizzle
 
 
 @triton.jit
@@ -58,6 +58,7 @@ def _hidden_gradient(
     OUTER: tl.constexpr,
     CAPPED: tl.constexpr,
     ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
@@ -74,8 +75,6 @@ def _hidden_gradient(
     place = block * OWN + tl.arange(0, OWN)
     kept = place < count
     row, target, row_lse, p, h, u = rows_at(place, kept, index, column, lse, prob, hit, uniform)
-    if u is not None:
-        u = u[:, None]
     hidden_rows = hidden + row.to(tl.int64) * stride_hn
     d = part * WIDTH + tl.arange(0, WIDTH)
     out = tl.zeros((OWN, WIDTH), dtype=ACC)
@@ -83,10 +82,12 @@ def _hidden_gradient(
     for tile in range(0, tl.cdiv(V, OTHER)):
         c, inside, _ = columns(tile, order, V, OTHER, EVEN_COLS, ORDERED)
         weight_rows = weight + c.to(tl.int64) * stride_wv
-        x = product(hidden_rows, weight_rows, D, stride_hd, stride_wd, OWN, OTHER, DEPTH, EVEN_DEPTH, ACC, PRECISION)
+        x = product(
+            hidden_rows, weight_rows, D, stride_hd, stride_wd, OWN, OTHER, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
+        )
         dx = gradient(
-            x, bias, class_weight, c[None, :], target[:, None], row_lse[:, None], p[:, None], h[:, None], u,
-            kept[:, None] & inside[None, :], INNER, OUTER, CAPPED,
+            x, bias, class_weight, c[None, :], target[:, None], row_lse[:, None], p[:, None], h[:, None], u[:, None],
+            None if EVEN_COLS else inside[None, :], INNER, OUTER, CAPPED, uniform is not None,
         )  # fmt: skip
         at = weight_rows[:, None] + (d.to(tl.int64) * stride_wd)[None, :]
         if dropped is not None:
@@ -94,16 +95,24 @@ def _hidden_gradient(
                 lost += tl.sum(tl.abs(dx), 1)
             else:
                 w = tl.load(at, mask=d[None, :] < D, other=0.0)
-                out = dot(narrow(dx, w.dtype, PRECISION), w, out, ACC, PRECISION)
+                out = tl.dot(
+                    narrow(dx, w.dtype, OPERAND).to(OPERAND),
+                    w.to(OPERAND),
+                    out,
+                    input_precision=PRECISION,
+                    out_dtype=ACC,
+                )
         else:
             w = tl.load(at, mask=d[None, :] < D, other=0.0)
-            out = dot(narrow(dx, w.dtype, PRECISION), w, out, ACC, PRECISION)
+            out = tl.dot(
+                narrow(dx, w.dtype, OPERAND).to(OPERAND), w.to(OPERAND), out, input_precision=PRECISION, out_dtype=ACC
+            )
     if unit is not None:
         scale = tl.load(unit)
         out *= scale
         lost *= scale
     at = d_hidden + row.to(tl.int64)[:, None] * D + d[None, :]
-    tl.store(at, narrow(out, d_hidden.dtype.element_ty, PRECISION), mask=kept[:, None] & (d[None, :] < D))
+    tl.store(at, narrow(out, d_hidden.dtype.element_ty, OPERAND), mask=kept[:, None] & (d[None, :] < D))
     if dropped is not None:
         if part == 0:
             tl.store(dropped + row, lost, mask=kept)
@@ -141,6 +150,7 @@ def _weight_gradient(
     OUTER: tl.constexpr,
     CAPPED: tl.constexpr,
     ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     OWN: tl.constexpr,
     OTHER: tl.constexpr,
@@ -162,13 +172,13 @@ def _weight_gradient(
         place = start + tl.arange(0, OTHER)
         kept = place < count
         row, target, row_lse, p, h, u = rows_at(place, kept, index, column, lse, prob, hit, uniform)
-        if u is not None:
-            u = u[None, :]
         hidden_rows = hidden + row.to(tl.int64) * stride_hn
-        x = product(weight_rows, hidden_rows, D, stride_wd, stride_hd, OWN, OTHER, DEPTH, EVEN_DEPTH, ACC, PRECISION)
+        x = product(
+            weight_rows, hidden_rows, D, stride_wd, stride_hd, OWN, OTHER, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
+        )
         dx = gradient(
-            x, bias, class_weight, c[:, None], target[None, :], row_lse[None, :], p[None, :], h[None, :], u,
-            inside[:, None] & kept[None, :], INNER, OUTER, CAPPED,
+            x, bias, class_weight, c[:, None], target[None, :], row_lse[None, :], p[None, :], h[None, :], u[None, :],
+            None if EVEN_COLS else inside[:, None], INNER, OUTER, CAPPED, uniform is not None,
         )  # fmt: skip
         keep = True
         if dropped is not None:
@@ -179,7 +189,13 @@ def _weight_gradient(
             if d_weight is not None:
                 at = hidden_rows[:, None] + (d.to(tl.int64) * stride_hd)[None, :]
                 value = tl.load(at, mask=d[None, :] < D, other=0.0)
-                out = dot(narrow(dx, value.dtype, PRECISION), value, out, ACC, PRECISION)
+                out = tl.dot(
+                    narrow(dx, value.dtype, OPERAND).to(OPERAND),
+                    value.to(OPERAND),
+                    out,
+                    input_precision=PRECISION,
+                    out_dtype=ACC,
+                )
         else:
             lost += tl.sum(tl.abs(dx), 1)
     if unit is not None:
@@ -189,10 +205,10 @@ def _weight_gradient(
         lost *= scale
     if d_weight is not None:
         at = d_weight + c.to(tl.int64)[:, None] * D + d[None, :]
-        tl.store(at, narrow(out, d_weight.dtype.element_ty, PRECISION), mask=inside[:, None] & (d[None, :] < D))
+        tl.store(at, narrow(out, d_weight.dtype.element_ty, OPERAND), mask=inside[:, None] & (d[None, :] < D))
     if part == 0:
         if d_bias is not None:
-            tl.store(d_bias + c, narrow(out_bias, d_bias.dtype.element_ty, PRECISION), mask=inside)
+            tl.store(d_bias + c, narrow(out_bias, d_bias.dtype.element_ty, OPERAND), mask=inside)
         if dropped is not None:
             tl.store(dropped + c, lost, mask=inside)
 

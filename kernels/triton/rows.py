@@ -133,7 +133,9 @@ def select(problem: Problem, lse: Tensor | None = None, grads: RowGrads | None =
             assert grads.smooth is not None
             uniform, grad_smooth = coefficients[2], grads.smooth.to(dtype).contiguous()
             weight = total_weight(p)
-            total = weight.to(dtype) if isinstance(weight, Tensor) else torch.full((1,), weight, dtype=dtype, device=device)
+            total = (
+                weight.to(dtype) if isinstance(weight, Tensor) else torch.full((1,), weight, dtype=dtype, device=device)
+            )
         if p.ignore_index is not None and p.skip_ignored:
             row_sum = p.hidden.sum(1, dtype=dtype)
     launch(

@@ -49,6 +49,7 @@ def _sweep(
     CAPPED: tl.constexpr,
     SMOOTH: tl.constexpr,
     ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -72,32 +73,33 @@ def _sweep(
     smooth = tl.zeros((ROWS,), dtype=ACC)
     weights = tl.zeros((1,), dtype=ACC)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, COLS))):
-        c, inside, _ = columns(tile, None, V, COLS, EVEN_COLS, False)
+        c, inside, at = columns(tile, None, V, COLS, EVEN_COLS, False)
         weight_rows = weight + c.to(tl.int64) * stride_wv
         x = product(
-            hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, PRECISION
-        )
+            hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, OPERAND,
+            PRECISION,
+        )  # fmt: skip
         z, _ = logits(x, bias, c[None, :], INNER, OUTER, CAPPED)
-        at_target += tl.sum(tl.where(inside[None, :] & (c[None, :] == target[:, None]), z, 0.0), 1)
+        at_target += tl.sum(tl.where(at[None, :] == target[:, None], z, 0.0), 1)
         if not EVEN_COLS:
             z = tl.where(inside[None, :], z, float("-inf"))
         now = tl.maximum(highest, tl.max(z, 1))
         # Something finite to subtract while every logit so far is -inf.
         shift = tl.where(now == float("-inf"), 0.0, now)
         down = tl.where(highest == float("-inf"), 0.0, highest) - shift
-        total = total * tl.exp(tl.where(highest == float("-inf"), float("-inf"), down)) + tl.sum(
-            tl.exp(z - shift[:, None]), 1
-        )
+        below = z - shift[:, None]
+        total *= tl.exp(tl.where(highest == float("-inf"), float("-inf"), down))
+        total += tl.sum(tl.exp(below), 1)
         if SMOOTH:
-            spread = z - shift[:, None]
+            if not EVEN_COLS:
+                below = tl.where(inside[None, :], below, 0.0)
             if class_weight is not None:
                 w = tl.load(class_weight + c, mask=inside, other=0.0)
-                spread = tl.where(inside[None, :], spread * w[None, :], 0.0)
+                smooth += weights * down + tl.sum(below * w[None, :], 1)
+                weights += tl.sum(w, 0)
             else:
-                w = inside.to(ACC)
-                spread = tl.where(inside[None, :], spread, 0.0)
-            smooth += weights * down + tl.sum(spread, 1)
-            weights += tl.sum(w, 0)
+                smooth += weights * down + tl.sum(below, 1)
+                weights += tl.sum(inside.to(ACC), 0)
         highest = now
     out = split * tl.full((), N, tl.int64) + place
     tl.store(part_max + out, highest, mask=kept)
@@ -142,7 +144,9 @@ def _join(
     row = tl.load(index + place, mask=kept, other=0)
     highest = tl.full((BLOCK,), float("-inf"), dtype=ACC)
     for split in range(0, splits):
-        highest = tl.maximum(highest, tl.load(part_max + split * tl.full((), N, tl.int64) + place, mask=kept, other=0.0))
+        highest = tl.maximum(
+            highest, tl.load(part_max + split * tl.full((), N, tl.int64) + place, mask=kept, other=0.0)
+        )
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros((BLOCK,), dtype=ACC)
     at_target = tl.zeros((BLOCK,), dtype=ACC)
@@ -188,7 +192,7 @@ def splits_of(head: Head) -> int:
     Enough programs for four waves, so that blocks of ignored rows, which end at once, leave no multiprocessor idle for
     long; and at least four tiles to a part, so that starting one costs little.
     """
-    t = head.config.logits
+    t = head.config.sweep
     blocks, tiles = cdiv(head.n, t.rows), cdiv(head.v, t.cols)
     wanted = cdiv(4 * head.machine.processors, blocks)
     return max(1, min(wanted, tiles // 4))
@@ -210,7 +214,7 @@ def _empty(head: Head, stats: bool) -> list[Tensor]:
 
 
 def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
-    problem, t = head.problem, head.config.logits
+    problem, t = head.problem, head.config.sweep
     tiles = cdiv(head.v, t.cols)
     splits = splits_of(head)
     per_split = cdiv(tiles, splits)

@@ -11,17 +11,9 @@ import triton.language as tl
 
 
 @triton.jit
-def dot(a, b, out, ACC: tl.constexpr, PRECISION: tl.constexpr):
-    """out + a @ b in ACC. PRECISION is triton's, or "wide": operands widened first, as the interpreter lacks bf16."""
-    if PRECISION == "wide":
-        return tl.dot(a.to(ACC), b.to(ACC), out, input_precision="ieee", out_dtype=ACC)
-    return tl.dot(a, b, out, input_precision=PRECISION, out_dtype=ACC)
-
-
-@triton.jit
-def narrow(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+def narrow(x, dtype: tl.constexpr, OPERAND: tl.constexpr):
     """x in `dtype`, rounded to nearest even. The interpreter truncates to bf16, so there it is rounded by hand."""
-    if PRECISION == "wide" and dtype == tl.bfloat16:
+    if dtype != OPERAND and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
         return tl.where(x == x, rounded, x).to(dtype)
@@ -40,6 +32,7 @@ def product(
     DEPTH: tl.constexpr,
     EVEN_DEPTH: tl.constexpr,  # D is a multiple of DEPTH
     ACC: tl.constexpr,
+    OPERAND: tl.constexpr,  # dtype of the factors: the inputs', but wider in the interpreter, whose dot lacks bf16
     PRECISION: tl.constexpr,
 ):
     """a @ b.T (A, B) over the D entries of each row, accumulated in ACC."""
@@ -58,15 +51,18 @@ def product(
             inside = k[None, :] < D - start
             a = tl.load(a_ptr, mask=inside, other=0.0)
             b = tl.load(b_ptr, mask=inside, other=0.0)
-        out = dot(a, tl.trans(b), out, ACC, PRECISION)
+        b = tl.trans(b).to(OPERAND)
+        out = tl.dot(a.to(OPERAND), b, out, input_precision=PRECISION, out_dtype=ACC)
         a_ptr += step_a
         b_ptr += step_b
     return out
 
 
 @triton.jit
-def tanh(x):
-    """tanh(x), to a few units in the last place for small x too, where 1 - exp(-2x) would cancel."""
+def tanh(x, PRECISE: tl.constexpr):
+    """tanh(x), off by 2^-23; where PRECISE by a few units in the last place, for small x too."""
+    if not PRECISE:
+        return 1.0 - 2.0 / (1.0 + tl.exp(2.0 * x))
     e = tl.exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     far = tl.where(x < 0, -far, far)
@@ -102,13 +98,16 @@ def columns(tile, order, V, COLS: tl.constexpr, EVEN_COLS: tl.constexpr, ORDERED
 
 @triton.jit
 def logits(x, bias, column, INNER: tl.constexpr, OUTER: tl.constexpr, CAPPED: tl.constexpr):
-    """Logits z, and tanh where there is a cap (else z again), of products x; bias and column broadcast against x."""
+    """Logits z, and tanh where there is a cap (else z again), of products x; bias and column broadcast against x.
+
+    CAPPED is 0 without a cap, 1 with one, 2 where tanh is to be precise.
+    """
     if bias is not None:
         x += tl.load(bias + column).to(x.dtype)
     if INNER != 1.0:
         x *= INNER
     if CAPPED:
-        t = tanh(x)
+        t = tanh(x, CAPPED == 2)
         return t * OUTER, t
     return x, x
 
@@ -128,22 +127,27 @@ def gradient(
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
 ):
     """The loss's gradient with respect to the products x; every other argument broadcasts against x.
 
+    `inside` says which classes exist, None if all do. Rows past the end need no mask: `rows_at` gives them an lse of
+    +inf and coefficients of 0.
     (softmax - onehot) of arXiv 2411.09009, section 4.2, with the coefficients of `rows.Rows`.
     """
     z, t = logits(x, bias, column, INNER, OUTER, CAPPED)
     out = tl.exp(z - lse) * prob
     out = tl.where(column == target, out - hit, out)
-    if uniform is not None:
+    if SMOOTH:
         if class_weight is not None:
             out -= uniform * tl.load(class_weight + column).to(x.dtype)
         else:
             out -= uniform
     if CAPPED:
         out *= 1.0 - t * t
-    return tl.where(inside, out, 0.0)
+    if inside is not None:
+        out = tl.where(inside, out, 0.0)
+    return out
 
 
 @triton.jit
@@ -159,19 +163,21 @@ def swizzle(pid, rows, cols, GROUP):
 
 @triton.jit
 def rows_at(place, kept, index, column, lse, prob, hit, uniform):
-    """What the gradient needs of the rows at `place` (R,): number, target column, lse, coefficients; 0 past the end."""
+    """What the gradient needs of the rows at `place` (R,): number, target column, lse, coefficients.
+
+    Past the end: row 0, no target, an lse of +inf whose probabilities are 0, and coefficients of 0.
+    """
     row = tl.load(index + place, mask=kept, other=0)
     target = tl.load(column + place, mask=kept, other=-1)
-    u = None
-    if uniform is not None:
-        u = tl.load(uniform + place, mask=kept, other=0.0)
+    # Where there is no uniform part, anything will do: `gradient` is told not to use it.
+    u = hit if uniform is None else uniform
     return (
         row,
         target,
-        tl.load(lse + place, mask=kept, other=0.0),
+        tl.load(lse + place, mask=kept, other=float("inf")),
         tl.load(prob + place, mask=kept, other=0.0),
         tl.load(hit + place, mask=kept, other=0.0),
-        u,
+        tl.load(u + place, mask=kept, other=0.0),
     )
 
 

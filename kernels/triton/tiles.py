@@ -17,8 +17,11 @@ from torch import Tensor
 from .device import launch
 from .filtering import Filter
 from .head import Head, cdiv
+from .machines import Tile
 from .rows import Rows
 from .tile import columns, gradient, logits, narrow, negligible, product, rows_at, swizzle
+
+RELEASE_ROWS = 32  # rows to a block of `release`
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,12 @@ class Scratch:
     lost_columns: Tensor | None  # (row blocks, width)
 
 
-def make_scratch(head: Head, height: int, width: int, by_row: bool, bias: bool, found: Filter | None) -> Scratch:
-    """Scratch for `height` rows (a multiple of the tile's, or all) and `width` classes (likewise)."""
+def make_scratch(
+    head: Head, height: int, width: int, by_row: bool, bias: bool, found: Filter | None, block: int = 0
+) -> Scratch:
+    """Scratch for `height` rows (a multiple of the tile's, or all) and `width` classes (a multiple, so that rows
+    are aligned); `block` rows to a sum for the bias, 0 for the tile's.
+    """
     t, device, dtype = head.config.logits, head.problem.hidden.device, head.problem.hidden.dtype
     blocks, tiles = cdiv(height, t.rows), cdiv(width, t.cols)
     # Zeros, because blocks of ignored rows are never written.
@@ -48,7 +55,7 @@ def make_scratch(head: Head, height: int, width: int, by_row: bool, bias: bool, 
     return Scratch(
         tile,
         by_row,
-        zeros(blocks, width) if bias else None,
+        zeros(cdiv(height, block or t.rows), width) if bias else None,
         torch.zeros(blocks, tiles, dtype=torch.int8, device=device) if filtering else None,
         zeros(tiles, head.n) if filtering else None,
         zeros(blocks, width) if filtering else None,
@@ -92,6 +99,7 @@ def _write_gradient(
     OUTER: tl.constexpr,
     CAPPED: tl.constexpr,
     ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     BY_ROW: tl.constexpr,
     ORDERED: tl.constexpr,
@@ -109,15 +117,15 @@ def _write_gradient(
     place = start + tl.arange(0, ROWS)
     kept = place < count
     row, target, row_lse, p, h, u = rows_at(place, kept, index, column, lse, prob, hit, uniform)
-    if u is not None:
-        u = u[:, None]
     c, inside, _ = columns(first_tile + tile, order, V, COLS, EVEN_COLS, ORDERED)
     hidden_rows = hidden + row.to(tl.int64) * stride_hn
     weight_rows = weight + c.to(tl.int64) * stride_wv
-    x = product(hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, PRECISION)
+    x = product(
+        hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
+    )
     dx = gradient(
-        x, bias, class_weight, c[None, :], target[:, None], row_lse[:, None], p[:, None], h[:, None], u,
-        kept[:, None] & inside[None, :], INNER, OUTER, CAPPED,
+        x, bias, class_weight, c[None, :], target[:, None], row_lse[:, None], p[:, None], h[:, None], u[:, None],
+        None if EVEN_COLS else inside[None, :], INNER, OUTER, CAPPED, uniform is not None,
     )  # fmt: skip
     at = tile * COLS + tl.arange(0, COLS)
     if flags is not None:
@@ -131,7 +139,7 @@ def _write_gradient(
         tl.store(bias_parts + block * tl.full((), width, tl.int64) + at, tl.sum(dx, 0), mask=inside)
     line = row if BY_ROW else place - first_block * ROWS
     out = scratch + line.to(tl.int64)[:, None] * width + at[None, :]
-    tl.store(out, narrow(dx, scratch.dtype.element_ty, PRECISION), mask=kept[:, None] & inside[None, :])
+    tl.store(out, narrow(dx, scratch.dtype.element_ty, OPERAND), mask=kept[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -143,7 +151,7 @@ def _hold(
     index,
     column,
     state,
-    scratch,  # (N, V)
+    scratch,  # (N, width)
     part_max,  # (tiles, N)
     part_sum,
     part_target,
@@ -156,6 +164,7 @@ def _hold(
     stride_hd,
     stride_wv,
     stride_wd,
+    width,
     blocks,
     tiles,
     GROUP,
@@ -163,6 +172,7 @@ def _hold(
     OUTER: tl.constexpr,
     CAPPED: tl.constexpr,
     ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     SMOOTH: tl.constexpr,
     BY_ROW: tl.constexpr,
@@ -183,9 +193,11 @@ def _hold(
     c, inside, at = columns(tile, None, V, COLS, EVEN_COLS, False)
     hidden_rows = hidden + row.to(tl.int64) * stride_hn
     weight_rows = weight + c.to(tl.int64) * stride_wv
-    x = product(hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, PRECISION)
+    x = product(
+        hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
+    )
     z, _ = logits(x, bias, c[None, :], INNER, OUTER, CAPPED)
-    at_target = tl.sum(tl.where(inside[None, :] & (c[None, :] == target[:, None]), z, 0.0), 1)
+    at_target = tl.sum(tl.where(at[None, :] == target[:, None], z, 0.0), 1)
     z = tl.where(inside[None, :], z, float("-inf"))
     highest = tl.max(z, 1)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
@@ -203,8 +215,8 @@ def _hold(
         tl.store(part_smooth + part, tl.sum(spread, 1), mask=kept)
         tl.store(part_weight + tile + tl.arange(0, 1), tl.sum(w, 0)[None])
     line = row if BY_ROW else place
-    out = scratch + line.to(tl.int64)[:, None] * V + at[None, :]
-    tl.store(out, narrow(e, scratch.dtype.element_ty, PRECISION), mask=kept[:, None] & inside[None, :])
+    out = scratch + line.to(tl.int64)[:, None] * width + at[None, :]
+    tl.store(out, narrow(e, scratch.dtype.element_ty, OPERAND), mask=kept[:, None] & inside[None, :])
 
 
 @triton.jit
@@ -217,45 +229,47 @@ def _release(
     prob,
     hit,
     uniform,
-    scratch,  # (N, V)
+    scratch,  # (N, width)
     part_max,  # (tiles, N)
-    bias_parts,  # (blocks, V) or None
+    bias_parts,  # (blocks, width) or None
     N,
     V,
-    blocks,
-    tiles,
+    width,
+    pieces,
     ACC: tl.constexpr,
-    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
     BY_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    TILE: tl.constexpr,  # classes that share a maximum, a multiple of COLS
     EVEN_COLS: tl.constexpr,
 ):
-    block, tile = tl.program_id(0) // tiles, tl.program_id(0) % tiles
+    block, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     count = tl.load(state)
     if block * ROWS >= count:
         return
     place = block * ROWS + tl.arange(0, ROWS)
     kept = place < count
     row, target, _, p, h, u = rows_at(place, kept, index, column, hit, prob, hit, uniform)
+    tile = piece * COLS // TILE
     highest = tl.load(part_max + tile * tl.full((), N, tl.int64) + place, mask=kept, other=0.0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
     scale = tl.exp(highest - tl.load(lse + row, mask=kept, other=0.0)) * p
-    c, inside, at = columns(tile, None, V, COLS, EVEN_COLS, False)
+    c, inside, at = columns(piece, None, V, COLS, EVEN_COLS, False)
     line = row if BY_ROW else place
     mask = kept[:, None] & inside[None, :]
-    out = scratch + line.to(tl.int64)[:, None] * V + at[None, :]
+    out = scratch + line.to(tl.int64)[:, None] * width + at[None, :]
     dx = tl.load(out, mask=mask, other=0.0).to(ACC) * scale[:, None]
-    dx = tl.where(c[None, :] == target[:, None], dx - h[:, None], dx)
-    if u is not None:
+    dx = tl.where(at[None, :] == target[:, None], dx - h[:, None], dx)
+    if uniform is not None:
         if class_weight is not None:
             dx -= u[:, None] * tl.load(class_weight + c)[None, :]
         else:
             dx -= u[:, None]
     dx = tl.where(mask, dx, 0.0)
     if bias_parts is not None:
-        tl.store(bias_parts + block * tl.full((), V, tl.int64) + at, tl.sum(dx, 0), mask=inside)
-    tl.store(out, narrow(dx, scratch.dtype.element_ty, PRECISION), mask=mask)
+        tl.store(bias_parts + block * tl.full((), width, tl.int64) + at, tl.sum(dx, 0), mask=inside)
+    tl.store(out, narrow(dx, scratch.dtype.element_ty, OPERAND), mask=mask)
 
 
 def write_gradient(head: Head, rows: Rows, s: Scratch, found: Filter | None, place: int, start: int, stop: int) -> None:
@@ -311,6 +325,7 @@ def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
         t.options,
         **head.args(rows),
         scratch=s.tile,
+        width=s.tile.shape[1],
         part_max=parts[0],
         part_sum=parts[1],
         part_target=parts[2],
@@ -333,14 +348,15 @@ def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
 
 def release(head: Head, rows: Rows, s: Scratch, part_max: Tensor, lse: Tensor) -> None:
     """Turn what `hold` left in `s` into the gradient, with lse (N,)."""
-    t, args = head.config.logits, head.args(rows)
-    blocks, tiles = cdiv(head.n, t.rows), cdiv(head.v, t.cols)
-    shared = ("class_weight", "index", "column", "state", "V", "ACC", "PRECISION")
+    args, tile = head.args(rows), head.config.logits.cols
+    r = Tile(RELEASE_ROWS, min(64, tile), 0, 4, 1)
+    blocks, pieces = cdiv(head.n, r.rows), cdiv(head.v, r.cols)
+    shared = ("class_weight", "index", "column", "state", "V", "ACC", "OPERAND")
     launch(
         head.problem.hidden.device,
         _release,
-        (blocks * tiles,),
-        {"num_warps": t.warps},
+        (blocks * pieces,),
+        {"num_warps": r.warps},
         **{name: args[name] for name in shared},
         lse=lse,
         prob=rows.prob,
@@ -350,10 +366,11 @@ def release(head: Head, rows: Rows, s: Scratch, part_max: Tensor, lse: Tensor) -
         part_max=part_max,
         bias_parts=s.bias,
         N=head.n,
-        blocks=blocks,
-        tiles=tiles,
+        width=s.tile.shape[1],
+        pieces=pieces,
         BY_ROW=s.by_row,
-        ROWS=t.rows,
-        COLS=t.cols,
-        EVEN_COLS=head.v % t.cols == 0,
+        ROWS=r.rows,
+        COLS=r.cols,
+        TILE=tile,
+        EVEN_COLS=head.v % r.cols == 0,
     )

@@ -163,6 +163,12 @@ def test_workspace_bounds_the_memory_beyond_results(workspace, softcap, ignored,
         assert extra <= workspace + workspace // 16 + per_row, (needs, extra)
 
 
+def test_few_classes_and_no_room_at_all():
+    """One class, 150 rows: their one tile fits into the gradient of hidden, but nothing into the workspace."""
+    problem = replace(small(n=150, d=2, v=1, workspace=1), target=torch.zeros(150, dtype=torch.long))
+    check(problem, RowGrads(torch.ones(150)), Needs(True, False, False))
+
+
 def test_results_repeat_bit_by_bit():
     problem = small(n=300, d=20, v=1000, workspace=1 << 18)
     first, second = (tiled.forward_backward(problem, RowGrads(torch.ones(300)), ALL) for _ in range(2))

@@ -1,0 +1,151 @@
+"""Compiling recorded launches for machines that are not there, and reading what the compiler made of them.
+
+Needs no GPU: the triton wheel brings ptxas and cuobjdump. Not for use with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .device import Launch
+from .machines import Machine
+
+_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.int8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+_TENSOR_CORE = {
+    "mma.sync": r"\bmma\.sync",
+    "wgmma": r"\bwgmma\.mma_async",
+    "tcgen05": r"\btcgen05\.mma",
+    "mfma": r"\bv_mfma",
+}
+# 32-bit registers of a multiprocessor, and threads it can hold.
+_REGISTERS, _THREADS = 65536, 2048
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses."""
+
+    kernel: str
+    machine: str
+    registers: int  # per thread
+    spills: int  # bytes per thread in local memory, or spilled registers on AMD
+    shared: int  # bytes per program
+    warps: int
+    programs: int  # that fit on one multiprocessor
+    tensor_core: dict[str, int]  # instructions by kind
+    loops: int  # matrix products in the source's loops, as the compiler sees them
+    ptx: str  # assembly: PTX or AMDGCN
+
+
+def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """Signature, constants and attributes of a launch, as triton's JIT would derive them from its arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for place, (name, parameter) in enumerate(zip(launch.kernel.arg_names, launch.kernel.params, strict=True)):
+        value = launch.args[name]
+        if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+            signature[name], constants[name] = "constexpr", value
+            continue
+        if isinstance(value, Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            aligned = True
+        elif isinstance(value, int):
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            aligned = value % 16 == 0
+        else:
+            signature[name] = "fp32"
+            aligned = False
+        if aligned:
+            attributes[(place,)] = [["tt.divisibility", 16]]
+    return signature, constants, attributes
+
+
+def compile_for(launch: Launch, machine: Machine) -> Resources:
+    """Compile a recorded launch for `machine`. Raises what the compiler raises."""
+    signature, constants, attributes = specialise(launch)
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return compile_source(source, launch.options, machine)
+
+
+def compile_source(source: ASTSource, options: dict[str, Any], machine: Machine) -> Resources:
+    """Compile any kernel with its arguments' types for `machine`."""
+    compiled = triton.compile(
+        source, target=GPUTarget(machine.backend, machine.capability, machine.warp), options=options
+    )
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    if machine.backend == "cuda":
+        text = compiled.asm["ptx"]
+        registers, spills = _cuda_usage(compiled.asm["cubin"])
+    else:
+        text = compiled.asm["amdgcn"]
+        registers, spills = _hip_usage(text)
+    counts = {name: len(re.findall(pattern, text)) for name, pattern in _TENSOR_CORE.items()}
+    return Resources(
+        kernel=source.name,
+        machine=machine.name,
+        registers=registers,
+        spills=spills,
+        shared=shared,
+        warps=warps,
+        programs=_programs(machine, registers, shared, warps),
+        tensor_core={name: n for name, n in counts.items() if n},
+        loops=compiled.asm["ttgir"].count("scf.for"),
+        ptx=text,
+    )
+
+
+def _programs(machine: Machine, registers: int, shared: int, warps: int) -> int:
+    """How many programs one multiprocessor holds at once, by registers, shared memory and threads."""
+    threads = warps * machine.warp
+    if machine.backend == "hip":
+        # Four SIMDs with 512 registers per lane each; a wave stays on one of them.
+        waves = 4 * min(8, 512 // max(1, registers))
+        return max(0, min(waves // warps, machine.shared // max(1, shared)))
+    by_registers = _REGISTERS // (max(1, registers) * threads)
+    # Each program also takes a KiB of shared memory for the system.
+    by_shared = (machine.shared + 1024) // (shared + 1024)
+    return min(by_registers, by_shared, _THREADS // threads)
+
+
+def _cuda_usage(cubin: bytes) -> tuple[int, int]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        command = [str(tool), "--dump-resource-usage", str(path)]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage:\n{text}")
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def _hip_usage(text: str) -> tuple[int, int]:
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(found.group(1)) if found else 0
+
+    # The count includes the accumulation registers.
+    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")

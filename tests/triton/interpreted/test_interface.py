@@ -1,0 +1,73 @@
+"""The edges of what the Triton kernels are handed: names, shards, devices, targets, and the workspace."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from cce_fx.kernels import tiled, triton
+from cce_fx.kernels.spec import RowGrads, Shard
+from tests.kernels.contract import ALL, check, small
+
+
+def test_the_kernels_take_what_the_tiled_ones_take() -> None:
+    for name in ("partial", "forward", "backward", "forward_backward"):
+        ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (triton, tiled))
+        required = [k for k, v in ours.items() if v.kind is not v.KEYWORD_ONLY]
+        assert required == list(theirs), name
+
+
+@pytest.mark.parametrize("workspace", [1, 3000, 20_000, 10**9])
+def test_scratch_memory_stays_within_the_workspace(workspace: int) -> None:
+    p = small(40, 24, 200, torch.bfloat16, workspace=workspace)
+    head = triton.head.make_head(p)
+    for stats in (False, True):
+        assert triton.cost.make_plan(head, ALL, with_stats=stats).scratch <= workspace
+    for products in ("blas", "triton"):
+        check(p, RowGrads(torch.ones(40)), ALL, triton, products=products)
+
+
+def test_a_shard_alone_has_no_loss() -> None:
+    p = small(5, 8, 20, shard=Shard(0, 40))
+    with pytest.raises(ValueError, match="combine the partials"):
+        triton.forward(p)
+    with pytest.raises(ValueError, match="combine the partials"):
+        triton.forward_backward(p, RowGrads(torch.ones(5)), ALL)
+
+
+def test_unknown_names_are_refused() -> None:
+    p, rows = small(), RowGrads(torch.ones(6))
+    for name in ("strategy", "products"):
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            triton.backward(p, rows.nll, rows, ALL, **{name: "fast"})
+
+
+@pytest.mark.parametrize("strategy", ["recompute", "chunked"])
+def test_all_rows_ignored_gives_zeros_whatever_the_row_gradients(strategy: str) -> None:
+    p = small(bias=torch.ones(11))
+    p.target.fill_(-100)
+    stats, found = triton.forward_backward(p, RowGrads(torch.full((6,), torch.nan)), ALL, strategy=strategy)
+    assert not stats.nll.any() and not any(g.any() for g in found)
+
+
+@pytest.mark.parametrize("bad", [11, -1])
+def test_a_target_out_of_bounds_is_an_index_error(bad: int) -> None:
+    p = small(ignore_index=None)
+    p.target[3] = bad
+    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
+        triton.forward(p)
+
+
+def test_a_tensor_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(NotImplementedError, match=r"kernels\.tiled"):
+        triton.forward(small())
+
+
+def test_deterministic_may_be_asked_for_or_not() -> None:
+    p, rows = small(20, 16, 70), RowGrads(torch.ones(20))
+    lse = triton.forward(p).lse
+    first, second = (triton.backward(p, lse, rows, ALL, deterministic=wanted) for wanted in (True, False))
+    assert torch.equal(first.weight, second.weight) and torch.equal(first.hidden, second.hidden)
