@@ -125,7 +125,7 @@ class _Storage:
         """Columns of a tile of `count` rows that leaves the workspace room for what goes with it."""
         p = self.plan
         room = (p.elements - p.per_row * count) // (p.tiles * max(count, 1) + p.per_column)
-        return min(held_columns(count, self.classes, p.elements), max(room, 0))
+        return min(held_columns(count, self.classes, p), max(room, 0))
 
     def _tail(self, last: int) -> Tensor | None:
         """The part of the gradient of hidden where nothing is written before row `last` is done, flat."""

@@ -8,12 +8,15 @@ from .combine import statistics_dtype
 from .rows import Rows
 from .spec import Needs, Problem
 
-LARGEST_WORKSPACE = 16 << 20
+LARGEST_WORKSPACE = 64 << 20
 SMALLEST_WORKSPACE = 1 << 20
 FEWEST_HELD_ROWS = 72  # with fewer, the products are slow enough that making the logits twice is faster
 ROW_STEP = 16  # BLAS kernels waste what is left over beyond a multiple of their width
-_TILE = 1 << 18  # elements of a tile that stays in cache between its operations
-_COLUMNS = 1024  # below this a product does not reach its speed
+# Columns of a held block: fewer calls of BLAS and longer sums against tiles that stay in cache. At N=2048 D=512 V=32000
+# 4096 columns of 270 rows are 6 % faster than 1024; from there on nothing changes.
+_TILE = 1 << 20  # elements of a tile
+_COLUMNS = 4096
+_FEWEST_COLUMNS = 1024  # below this a product is slow enough that it pays to hold fewer rows
 
 
 @dataclass(frozen=True)
@@ -48,22 +51,25 @@ def make_plan(problem: Problem, rows: Rows, needs: Needs) -> Plan:
     return Plan(budget, r, c, tiles, per_row, per_column)
 
 
-def held_columns(rows: int, classes: int, elements: int) -> int:
-    """Columns in a chunk of a block of `rows`: a tile stays in cache, unless that makes the products slow."""
+def held_columns(rows: int, classes: int, plan: Plan) -> int:
+    """Columns in a chunk of a block of `rows` that is held: enough for BLAS, while most of the workspace stays for rows."""
     rows = max(rows, 1)
-    return max(min(classes, max(_TILE // rows, _COLUMNS), elements // rows), 1)
+    each = plan.tiles * rows + plan.per_column
+    columns = max(min(max(_TILE // rows, _COLUMNS), plan.elements // (4 * each)), _FEWEST_COLUMNS)
+    return max(min(classes, columns, plan.elements // rows), 1)
 
 
 def _elements(problem: Problem, rows: int) -> int:
     """The workspace in elements of the accumulation dtype.
 
-    By default 16 MiB, above which time hardly falls, or about a twentieth of what a dense loss holds (three times the
-    logits) where that is less, but no tile smaller than 1 MiB.
+    By default a 24th of what a dense loss holds (three times the logits), from 1 to 64 MiB. Rows are what it buys, and
+    with twice the rows to a block the weight and its gradient cross the memory bus half as often: from 16 to 64 MiB the
+    time at N=4096 D=1024 V=50257 falls by a seventh, from 64 to 256 by a twentieth (`benchmarks/kernel.py`).
     """
     item = 8 if problem.hidden.dtype.itemsize == 8 else 4
     size = problem.workspace
     if size is None:
-        size = min(max(3 * item * rows * problem.weight.shape[0] // 20, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
+        size = min(max(3 * item * rows * problem.weight.shape[0] // 24, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
     return size // item
 
 
