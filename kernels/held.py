@@ -7,7 +7,7 @@ first block is added to it, and the gradient of hidden beyond the rows that are 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from .combine import finite
 from .plan import FEWEST_HELD_ROWS, ROW_STEP, Plan, held_columns, spans, step_down
 from .rows import Coefficients, Rows
 from .spec import Grads, Problem
-from .sweeps import accumulate, add_weight, bias_sum, tile_of
+from .sweeps import accumulate, bias_sum, summed, tile_of
 from .tile import Collector, Head, Sums, exp_, locate
 
 
@@ -34,10 +34,15 @@ class Block:
 def held(problem: Problem, rows: Rows, c: Coefficients, plan: Plan, out: Grads) -> list[Sums]:
     """Sums, block by block, and gradients into `out`, of the first rows: as many as are best done in this way.
 
-    How many rows were done is told by the sums. None is where too few rows fit, or where the weight's gradient would be
-    rounded more than once.
+    How many rows were done is told by the sums. None is where too few rows fit, where the weight's gradient would be
+    rounded more than once, or where smoothing meets a cap, whose slope differs in each entry of a tile.
     """
-    head, storage = Head(problem), _Storage(problem, rows, plan, out)
+    head = Head(problem)
+    if head.capped and c.uniform is not None:
+        return []
+    if out.weight is not None:  # rows of hidden, scaled anew for each tile
+        plan = replace(plan, per_row=plan.per_row + problem.hidden.shape[1])
+    storage = _Storage(problem, rows, plan, out)
     blocks: list[Sums] = []
     bias = bias_sum(out.bias, head)
     first = 0
@@ -45,52 +50,93 @@ def held(problem: Problem, rows: Rows, c: Coefficients, plan: Plan, out: Grads) 
         block = storage.block(first)
         if block is None:
             break
-        blocks.append(_block(problem, rows, c, head, out._replace(bias=bias), block))
+        blocks.append(_Held(problem, rows, c, head, out._replace(bias=bias), block).run())
         first, block = block.last, None  # the next one may need this one's memory
     if bias is not None and bias is not out.bias and first:
         out.bias.copy_(bias)
     return blocks
 
 
-def _block(problem: Problem, rows: Rows, c: Coefficients, head: Head, out: Grads, block: Block) -> Sums:
-    """Sums of one block; its gradients are written or added to `out`."""
-    first, last = block.first, block.last
-    hidden, c = rows.take(problem.hidden, first, last).to(head.dtype), c[first:last]
-    hits = locate(rows.target[first:last], block.chunks)
-    collector = Collector(head, last - first, len(block.tiles))
-    for number, ((start, stop), tile) in enumerate(zip(block.chunks, block.tiles, strict=True)):
-        head.product(tile, head.columns(start, stop), hidden, start)
-        collector.add(number, head.logits(tile, _like(block.spare, tile)), hits[number], start)
-    sums = collector.sums()
-    d_hidden = None if out.hidden is None else rows.place(out.hidden, first, last, head.dtype)
-    # Backwards: a tile may lie where the weight's gradient of the chunk before it goes.
-    for number in reversed(range(len(block.tiles))):
-        (start, stop), tile = block.chunks[number], block.tiles[number]
-        probs = _probabilities(head, tile, collector.max[number], sums, c.prob, block.spare)
-        tile = head.gradient(probs, tile, c, hits[number], start)
-        if d_hidden is not None:
-            accumulate(d_hidden, tile.T, head.columns(start, stop), number == len(block.tiles) - 1)
+class _Held:
+    """One block of rows, in two walks over the vocabulary.
+
+    The first makes tiles of exp(z - m), m the row's largest logit so far, and sums them up: over classes for sumexp, and
+    times the weight for the gradient of hidden, so that the weight is read once for both products. The second, when the
+    sums are known, multiplies each tile with hidden, whose rows carry what their tile still lacks: D numbers a row to
+    scale and not a chunk of V. One-hot and uniform parts are sums over a few rows, or of rank one, and added apart.
+    """
+
+    def __init__(self, problem: Problem, rows: Rows, c: Coefficients, head: Head, out: Grads, block: Block) -> None:
+        self.rows, self.head, self.out, self.block = rows, head, out, block
+        first, last = block.first, block.last
+        self.hidden, self.c = rows.take(problem.hidden, first, last).to(head.dtype), c[first:last]
+        self.hits = locate(rows.target[first:last], block.chunks)
+        self.collector = Collector(head, last - first, len(block.tiles))
+        self.d_hidden = None if out.hidden is None else rows.place(out.hidden, first, last, head.dtype)
+        self.slope = torch.ones_like(self.c.hit)  # of the cap at the target
+        self.uniform = None  # (D,) sum of w_c weight_c
+        if self.c.uniform is not None and self.d_hidden is not None:
+            self.uniform = self.hidden.new_zeros(self.hidden.shape[1])
+
+    def run(self) -> Sums:
+        """Sums of the block; its gradients are written or added to `out`."""
+        for number in range(len(self.block.tiles)):
+            self._make(number)
+        sums = self.collector.sums()
+        factor = self.c.prob / sums.sumexp
+        if self.d_hidden is not None:
+            self.d_hidden.mul_(factor[:, None])
+            if self.uniform is not None:
+                self.d_hidden.addr_(self.c.uniform, self.uniform, alpha=-1)
+        # Backwards: a tile may lie where the weight's gradient of the chunk before it goes.
+        for number in reversed(range(len(self.block.tiles))):
+            self._use(number, factor, finite(sums.max))
+        if self.d_hidden is not None:
+            self.rows.put(self.out.hidden, self.block.first, self.block.last, self.d_hidden)
+        return sums
+
+    def _make(self, number: int) -> None:
+        head, hit, tile = self.head, self.hits[number], self.block.tiles[number]
+        start, stop = self.block.chunks[number]
+        weight = head.columns(start, stop)
+        head.product(tile, weight, self.hidden, start)
+        spare = None if self.block.spare is None else tile_of(self.block.spare, *tile.shape)
+        exps = head.logits(tile, spare)
+        self.collector.add(number, exps, hit, start)
+        if head.capped:
+            tile.square_()
+            if hit is not None:
+                self.slope[hit.row] = 1 - tile[hit.column, hit.row]
+            torch.addcmul(exps, exps, tile, value=-1, out=tile)
+        if self.d_hidden is None:
+            return
+        if number:
+            self.d_hidden.mul_(self.collector.rescale(number)[:, None])
+        accumulate(self.d_hidden, tile.T, weight, number == 0)
+        if self.uniform is not None:
+            self.uniform.addmv_(weight.T, head.uniform(start, stop))
+
+    def _use(self, number: int, factor: Tensor, highest: Tensor) -> None:
+        head, out, hit, tile = self.head, self.out, self.hits[number], self.block.tiles[number]
+        start, stop = self.block.chunks[number]
+        scale = exp_(self.collector.max[number] - highest).mul_(factor)
+        at_hit = None if hit is None else -(self.c.hit * self.slope)[hit.row]
+        if self.d_hidden is not None and hit is not None:
+            at_target = head.weight[hit.column + start].to(head.dtype)
+            self.d_hidden.index_add_(0, hit.row, at_target.mul_(at_hit[:, None]))
         if out.weight is not None:
-            add_weight(out.weight[start:stop], tile, hidden, first == 0)
+            with summed(out.weight[start:stop], head.dtype, self.block.first == 0) as (total, fresh):
+                accumulate(total, tile, self.hidden * scale[:, None], fresh)
+                if hit is not None:
+                    total.index_add_(0, hit.column, self.hidden[hit.row].mul_(at_hit[:, None]))
+                if self.c.uniform is not None:
+                    total.addr_(head.uniform(start, stop), self.c.uniform @ self.hidden, alpha=-1)
         if out.bias is not None:
-            out.bias[start:stop] += tile.sum(1)
-    if d_hidden is not None:
-        rows.put(out.hidden, first, last, d_hidden)
-    return sums
-
-
-def _probabilities(
-    head: Head, tile: Tensor, peak: Tensor, sums: Sums, coefficient: Tensor, spare: Tensor | None
-) -> Tensor:
-    """coefficient * softmax of a tile (C, R), in place, or in `spare` where the tile holds tanh."""
-    factor, highest = coefficient / sums.sumexp, finite(sums.max)
-    if not head.capped:
-        return tile.mul_(torch.exp(peak - highest) * factor)
-    return exp_(head.logits(tile, _like(spare, tile)).sub_(highest)).mul_(factor)
-
-
-def _like(spare: Tensor | None, tile: Tensor) -> Tensor | None:
-    return None if spare is None else tile_of(spare, *tile.shape)
+            total = out.bias[start:stop].addmv_(tile, scale)
+            if hit is not None:
+                total.index_add_(0, hit.column, at_hit)
+            if self.c.uniform is not None:
+                total.sub_(head.uniform(start, stop) * self.c.uniform.sum())
 
 
 class _Storage:

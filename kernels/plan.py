@@ -62,14 +62,14 @@ def held_columns(rows: int, classes: int, plan: Plan) -> int:
 def _elements(problem: Problem, rows: int) -> int:
     """The workspace in elements of the accumulation dtype.
 
-    By default a 24th of what a dense loss holds (three times the logits), from 1 to 64 MiB. Rows are what it buys, and
+    By default a 20th of what a dense loss holds (three times the logits), from 1 to 64 MiB. Rows are what it buys, and
     with twice the rows to a block the weight and its gradient cross the memory bus half as often: from 16 to 64 MiB the
     time at N=4096 D=1024 V=50257 falls by a seventh, from 64 to 256 by a twentieth (`benchmarks/kernel.py`).
     """
     item = 8 if problem.hidden.dtype.itemsize == 8 else 4
     size = problem.workspace
     if size is None:
-        size = min(max(3 * item * rows * problem.weight.shape[0] // 24, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
+        size = min(max(3 * item * rows * problem.weight.shape[0] // 20, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
     return size // item
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -128,11 +131,23 @@ def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 
 def add_weight(out: Tensor, tile: Tensor, hidden: Tensor, first: bool) -> None:
-    """Add tile (C, R) @ hidden (R, D) to `out` (C, D); one of another dtype is written once only, so it is rounded."""
-    if out.dtype == tile.dtype:
-        accumulate(out, tile, hidden, first)
+    """Add tile (C, R) @ hidden (R, D) to `out` (C, D)."""
+    with summed(out, tile.dtype, first) as (total, fresh):
+        accumulate(total, tile, hidden, fresh)
+
+
+@contextlib.contextmanager
+def summed(out: Tensor, dtype: torch.dtype, first: bool) -> Iterator[tuple[Tensor, bool]]:
+    """(sum in `dtype` to add to, whether it holds nothing yet) for a piece `out` of a gradient.
+
+    One of another dtype is written once only, so that it is rounded once.
+    """
+    if out.dtype == dtype:
+        yield out, first
     else:
-        out.copy_(tile @ hidden)
+        total = torch.empty_like(out, dtype=dtype)
+        yield total, True
+        out.copy_(total)
 
 
 def tile_of(buffer: Tensor, columns: int, rows: int) -> Tensor:

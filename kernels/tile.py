@@ -78,6 +78,12 @@ class Head:
             return tile
         return torch.mul(tile, self.outer, out=tile if spare is None else spare)
 
+    def uniform(self, start: int, stop: int) -> Tensor:
+        """The weights w (C,) of the uniform part of a chunk's classes."""
+        if self.class_weight is None:
+            return torch.ones(stop - start, dtype=self.dtype, device=self.weight.device)
+        return self.class_weight[start:stop]
+
     def gradient(self, probs: Tensor, tile: Tensor, c: Coefficients, hit: Hit | None, start: int) -> Tensor:
         """d loss / d product (C, R) from coefficient times probability, in place of `tile` (which may be `probs`)."""
         if hit is not None:
@@ -110,21 +116,27 @@ class Collector:
     def __init__(self, head: Head, rows: int, tiles: int) -> None:
         self.head = head
         options = {"dtype": head.dtype, "device": head.weight.device}
-        self.max = torch.empty(tiles, rows, **options)  # of each tile
+        self.max = torch.empty(tiles, rows, **options)  # up to and with each tile
         self.sumexp = torch.empty(tiles, rows, **options)
         self.target_logit = torch.zeros(rows, **options)
         self.smooth = torch.empty(tiles, rows, **options) if head.smooth else None
         self.weight: list[float | Tensor] = [0.0] * tiles
 
     def add(self, number: int, logits: Tensor, hit: Hit | None, start: int) -> None:
-        """Take in tile `number`, logits (C, R) from column `start` on, which become exp(z - the tile's maximum)."""
+        """Take in tile `number`, logits (C, R) from column `start` on, which become exp(z - the maximum so far)."""
         if hit is not None:
             self.target_logit[hit.row] = logits[hit.column, hit.row]
         torch.amax(logits, 0, out=self.max[number])
+        if number:
+            torch.maximum(self.max[number], self.max[number - 1], out=self.max[number])
         logits.sub_(finite(self.max[number]))
         if self.smooth is not None:
             self._weigh(number, logits, start)
         torch.sum(exp_(logits), 0, out=self.sumexp[number])
+
+    def rescale(self, number: int) -> Tensor:
+        """What sums (R,) over the tiles before `number` are multiplied by to be relative to its maximum."""
+        return exp_(self.max[number - 1] - finite(self.max[number]))
 
     def _weigh(self, number: int, shifted: Tensor, start: int) -> None:
         if self.head.class_weight is None:
@@ -136,7 +148,7 @@ class Collector:
             self.weight[number] = w.double().sum()
 
     def sums(self) -> Sums:
-        highest = self.max.amax(0)
+        highest = self.max[-1].clone()
         shift = finite(highest)
         # A tile without any finite logit has sumexp 0, whatever it was shifted by.
         sumexp = self.sumexp.mul_((self.max - shift).exp_()).sum(0)
