@@ -35,7 +35,8 @@ def held(problem: Problem, rows: Rows, c: Coefficients, plan: Plan, out: Grads) 
     """Sums, block by block, and gradients into `out`, of the first rows: as many as are best done in this way.
 
     How many rows were done is told by the sums. None is where too few rows fit, where the weight's gradient would be
-    rounded more than once, or where smoothing meets a cap, whose slope differs in each entry of a tile.
+    rounded more than once, where smoothing meets a cap, whose slope differs in each entry of a tile, or where something is
+    not finite: the one-hot part is added apart here, and p inf - inf is NaN where (p - 1) inf is not.
     """
     head = Head(problem)
     if head.capped and c.uniform is not None:
@@ -50,7 +51,12 @@ def held(problem: Problem, rows: Rows, c: Coefficients, plan: Plan, out: Grads) 
         block = storage.block(first)
         if block is None:
             break
-        blocks.append(_Held(problem, rows, c, head, out._replace(bias=bias), block).run())
+        sums = _Held(problem, rows, c, head, out._replace(bias=bias), block).run()
+        if sums is None:
+            if out.bias is not None:
+                out.bias.zero_()
+            return []
+        blocks.append(sums)
         first, block = block.last, None  # the next one may need this one's memory
     if bias is not None and bias is not out.bias and first:
         out.bias.copy_(bias)
@@ -78,11 +84,14 @@ class _Held:
         if self.c.uniform is not None and self.d_hidden is not None:
             self.uniform = self.hidden.new_zeros(self.hidden.shape[1])
 
-    def run(self) -> Sums:
-        """Sums of the block; its gradients are written or added to `out`."""
+    def run(self) -> Sums | None:
+        """Sums of the block; its gradients are written or added to `out`. None where it holds what is not finite."""
         for number in range(len(self.block.tiles)):
             self._make(number)
         sums = self.collector.sums()
+        found = (sums.max, sums.sumexp, *(() if self.d_hidden is None else (self.d_hidden,)))
+        if not all(bool(t.sum().isfinite()) for t in found):
+            return None
         factor = self.c.prob / sums.sumexp
         if self.d_hidden is not None:
             self.d_hidden.mul_(factor[:, None])

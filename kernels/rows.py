@@ -20,6 +20,7 @@ class Rows:
     skipped: Tensor | None  # (N - n,) int64, the numbers of the others
     target: Tensor  # (n,) int64, the column of this shard, or -1: ignored, or in another shard
     valid: Tensor | None  # (n,) bool, False for an ignored row that is computed all the same; None is all True
+    poisoned: Tensor | None  # (n,) bool, True for an ignored row that spreads NaN although its lse is masked
 
     def take(self, values: Tensor, start: int, stop: int) -> Tensor:
         """Rows start..stop of (N, ...) `values`: a view where all rows are computed, else a copy."""
@@ -55,18 +56,19 @@ def select(problem: Problem, every: bool = False) -> Rows:
     target = problem.target
     valid = None if problem.ignore_index is None else target != problem.ignore_index
     _check_bounds(problem, valid)
-    index = skipped = None
-    if valid is not None and problem.skip_ignored and not every:
-        keep = valid | ~problem.hidden.sum(1).isfinite()
-        if not bool(keep.all()):
+    index = skipped = poisoned = None
+    if valid is not None and problem.skip_ignored:
+        poisoned = ~(valid | problem.hidden.sum(1).isfinite())
+        keep = valid | poisoned
+        if not every and not bool(keep.all()):
             index, skipped = keep.nonzero()[:, 0], (~keep).nonzero()[:, 0]
-            target, valid = target[index], valid[index]
+            target, valid, poisoned = target[index], valid[index], poisoned[index]
     if valid is not None:
         target = target.masked_fill(~valid, -1)
     if problem.shard:
         target = target - problem.shard.start
         target = target.masked_fill((target < 0) | (target >= problem.weight.shape[0]), -1)
-    return Rows(target.shape[0], index, skipped, target, valid)
+    return Rows(target.shape[0], index, skipped, target, valid, poisoned)
 
 
 def _check_bounds(problem: Problem, valid: Tensor | None) -> None:
@@ -95,7 +97,8 @@ class Coefficients:
 def coefficients(problem: Problem, rows: Rows, grads: RowGrads) -> Coefficients:
     """Coefficients of the computed rows, in the dtype of the statistics.
 
-    Ignored rows get exact zeros, whatever their incoming gradients are: NaN too, as a mean over no rows gives.
+    Ignored rows get exact zeros, whatever their incoming gradients are: NaN too, as a mean over no rows gives. Those whose
+    hidden state is not finite get NaN, which 0 times their softmax is.
     """
     dtype = statistics_dtype(problem.hidden.dtype)
     chain = problem.epilogue.scale * problem.epilogue.post_scale
@@ -114,4 +117,6 @@ def coefficients(problem: Problem, rows: Rows, grads: RowGrads) -> Coefficients:
         prob = prob + lse
     if smooth is not None:
         prob = prob + (smooth.double() * total_weight(problem)).to(dtype)
+    if rows.poisoned is not None:
+        prob = prob.masked_fill(rows.poisoned, torch.nan)
     return Coefficients(prob, nll, smooth)

@@ -53,7 +53,9 @@ class _Recomputed:
     """The two loop orders of `recompute`, which share their tiles."""
 
     def __init__(self, problem: Problem, rows: Rows, lse: Tensor, c: Coefficients, needs: Needs, begin: int) -> None:
-        self.problem, self.rows, self.lse, self.c, self.begin = problem, rows, lse, c, begin
+        self.problem, self.rows, self.c, self.begin = problem, rows, c, begin
+        # A softmax over a logit of +inf is NaN in every entry.
+        self.lse = lse.masked_fill(lse == torch.inf, torch.nan)
         self.head = Head(problem)
         plan = make_plan(problem, rows, needs)
         self.blocks = spans(rows.count, plan.rows, begin)

@@ -63,7 +63,8 @@ def test_out_of_range_target_raises_what_eager_raises(target: int) -> None:
 
 @pytest.mark.parametrize("place", ["hidden", "weight", "ignored hidden"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_nonfinite_inputs_spread_as_in_eager(place: str, value: float) -> None:
+@pytest.mark.parametrize("strategy", ["grads_in_forward", "recompute"])
+def test_nonfinite_inputs_spread_as_in_eager(place: str, value: float, strategy: str) -> None:
     h, w, y = tensors(6)
     y[1] = -100
     with torch.no_grad():
@@ -73,7 +74,8 @@ def test_nonfinite_inputs_spread_as_in_eager(place: str, value: float) -> None:
             h[1 if place == "ignored hidden" else 4, 0] = value
     eager = step(loss, [h, w, y])
     torch._dynamo.reset()
-    ours = step(torch.compile(loss, backend="cce", options={"inner": Watch(), "min_vocab": 0}), [h, w, y])
+    options = {"inner": Watch(), "min_vocab": 0, "strategy": strategy}
+    ours = step(torch.compile(loss, backend="cce", options=options), [h, w, y])
     for a, b in zip((*eager.outputs, *eager.grads), (*ours.outputs, *ours.grads), strict=True):
         if a is not None and b is not None:
             assert torch.equal(a.isnan(), b.isnan())

@@ -48,13 +48,14 @@ class Resources:
     kernel: str
     machine: str
     registers: int  # per thread
-    spills: int  # bytes per thread in local memory, or spilled registers on AMD
+    spills: int  # bytes per thread in memory
     shared: int  # bytes per program
     warps: int
     programs: int  # that fit on one multiprocessor
     tensor_core: dict[str, int]  # instructions by kind
-    loops: int  # matrix products in the source's loops, as the compiler sees them
-    ptx: str  # assembly: PTX or AMDGCN
+    loops: int  # innermost loops in the assembly
+    bare: int  # innermost loops without a tensor-core instruction
+    assembly: str  # PTX or AMDGCN
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
@@ -100,7 +101,7 @@ def compile_source(source: ASTSource, options: dict[str, Any], machine: Machine)
     else:
         text = compiled.asm["amdgcn"]
         registers, spills = _hip_usage(text)
-    counts = {name: len(re.findall(pattern, text)) for name, pattern in _TENSOR_CORE.items()}
+    inner = innermost_loops(text)
     return Resources(
         kernel=source.name,
         machine=machine.name,
@@ -109,10 +110,39 @@ def compile_source(source: ASTSource, options: dict[str, Any], machine: Machine)
         shared=shared,
         warps=warps,
         programs=_programs(machine, registers, shared, warps),
-        tensor_core={name: n for name, n in counts.items() if n},
-        loops=compiled.asm["ttgir"].count("scf.for"),
-        ptx=text,
+        tensor_core=_count(text),
+        loops=len(inner),
+        bare=sum(not _count(body) for body in inner),
+        assembly=text,
     )
+
+
+def innermost_loops(assembly: str) -> list[str]:
+    """The bodies of the loops in PTX or AMDGCN that contain no other.
+
+    By LLVM's comments: blocks out of line jump back without being loops, and a few instructions of Triton's that spin on a
+    barrier inside the loop that works are none either.
+    """
+    loops: dict[str, list[str]] = {}
+    inner: list[str] = []
+    here = block = ""
+    for line in assembly.splitlines():
+        if label := re.match(r"(?:\.L|\$L__|; %|// %)(\w+):", line):
+            block, here = label.group(1).upper(), ""
+        if "This Inner Loop Header" in line:
+            here = block
+            inner.append(here)
+        elif found := re.search(r"in Loop: Header=(\w+)", line):
+            here = found.group(1)
+        if here:
+            loops.setdefault(here, []).append(line)
+    return ["\n".join(loops[header]) for header in inner]
+
+
+def _count(assembly: str) -> dict[str, int]:
+    """Tensor-core instructions by kind."""
+    counts = {name: len(re.findall(pattern, assembly)) for name, pattern in _TENSOR_CORE.items()}
+    return {name: n for name, n in counts.items() if n}
 
 
 def _programs(machine: Machine, registers: int, shared: int, warps: int) -> int:
@@ -147,5 +177,5 @@ def _hip_usage(text: str) -> tuple[int, int]:
         found = re.search(rf"\.{name}:\s+(\d+)", text)
         return int(found.group(1)) if found else 0
 
-    # The count includes the accumulation registers.
-    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count")
+    # The count includes the accumulation registers. Scalar registers spill into lanes of vector ones, not into memory.
+    return field("vgpr_count"), field("private_segment_fixed_size")

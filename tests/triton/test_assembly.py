@@ -1,0 +1,107 @@
+"""What the compiler makes of the kernels for machines that are not there: nothing spilled, everything fits, and every
+inner loop of a matrix product runs on the tensor cores. A sample here, the whole table behind the marker `slow`."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter takes the compiler's place in this process", allow_module_level=True)
+
+from cce_fx.kernels.spec import Epilogue, Needs, Problem, RowGrads
+from cce_fx.kernels.triton import aot, backward, forward, forward_backward
+from cce_fx.kernels.triton.device import Launch, record
+from cce_fx.kernels.triton.machines import BY_ARCH, Machine
+
+ARCHS = ["sm_80", "sm_90", "sm_100", "gfx942"]
+# Kernels that only select or add rows.
+NO_PRODUCTS = {"_select", "_join", "_release"}
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def launches(machine: Machine, dtype: torch.dtype = torch.bfloat16, n: int = 8192, **how: object) -> dict[str, Launch]:
+    """The kernels of forward and backward at Llama-3's shape on `machine`, by name."""
+    problem = Problem(
+        hidden=meta(n, 4096, dtype=dtype),
+        weight=meta(128256, 4096, dtype=dtype),
+        target=meta(n, dtype=torch.int64),
+        **{"bias": None, "ignore_index": -100, "skip_ignored": True, **how},  # type: ignore[arg-type]
+    )
+    rows = RowGrads(meta(n, dtype=torch.float32))
+    with record(machine) as found:
+        forward(problem)
+        for strategy in ("recompute", "chunked"):
+            backward(problem, meta(n, dtype=torch.float32), rows, Needs(), strategy=strategy, products="triton")
+    if n <= 128 and not how:
+        with record(machine) as more:
+            forward_backward(problem, rows, Needs(), strategy="chunked", products="triton")
+        found += more
+    return {launch.kernel.__name__: launch for launch in found}
+
+
+def check(machine: Machine, found: dict[str, Launch], tensor_cores: bool = True) -> None:
+    for name, launch in found.items():
+        r = aot.compile_for(launch, machine)
+        assert r.spills == 0, f"{name} spills {r.spills} bytes on {machine.arch}"
+        assert r.shared <= machine.shared, f"{name} needs {r.shared} bytes of shared memory on {machine.arch}"
+        assert r.programs >= 1, f"{name} does not fit on a multiprocessor of {machine.arch}"
+        if name not in NO_PRODUCTS and tensor_cores:
+            assert r.loops > 0, f"{name} has no loop on {machine.arch}"
+            assert r.bare == 0, f"{r.bare} of {r.loops} inner loops of {name} leave tensor cores idle on {machine.arch}"
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_default_kernels(arch: str) -> None:
+    found = launches(BY_ARCH[arch])
+    products = {"_sweep", "_hidden_gradient", "_weight_gradient", "_write_gradient", "_into_hidden", "_into_weight"}
+    assert products <= set(found)
+    check(BY_ARCH[arch], found)
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_kernels_that_hold_few_rows(arch: str) -> None:
+    found = launches(BY_ARCH[arch], n=64)
+    assert {"_hold", "_release"} <= set(found)
+    check(BY_ARCH[arch], found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", sorted(BY_ARCH))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("option", ["plain", "softcap", "bias", "smooth", "filter"])
+def test_every_config(arch: str, dtype: torch.dtype, option: str) -> None:
+    how = {
+        "plain": {},
+        "softcap": {"epilogue": Epilogue(1.0, 30.0, 1.0)},
+        "bias": {"bias": meta(128256, dtype=dtype)},
+        "smooth": {"smooth": True},
+        "filter": {"filter_eps": 2.0**-12},
+    }[option]
+    check(BY_ARCH[arch], launches(BY_ARCH[arch], dtype, **how), tensor_cores=dtype.itemsize == 2)
+
+
+def test_a_loop_is_all_its_blocks_wherever_they_stand() -> None:
+    text = """
+$L__BB0_1:                              // =>This Loop Header: Depth=1
+    ld.global.b32 %r1, [%rd1];
+$L__BB0_3:                              //   in Loop: Header=BB0_2 Depth=2
+    mma.sync.aligned.m16n8k16 {%f1}, {%r1};
+$L__BB0_2:                              //   Parent Loop BB0_1 Depth=1
+                                        // =>  This Inner Loop Header: Depth=2
+    @%p1 bra $L__BB0_3;
+// %bb.4:                               //   in Loop: Header=BB0_1 Depth=1
+    @%p2 bra $L__BB0_1;
+$L__BB0_9:
+    ret;
+"""
+    (body,) = aot.innermost_loops(text)
+    assert "mma.sync" in body and "%p1" in body
+    assert "ld.global" not in body and "%p2" not in body and "ret" not in body
