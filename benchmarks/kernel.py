@@ -9,33 +9,16 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
+from benchmarks.measure import interleaved, peak_bytes
 from cce_fx.kernels import tiled
 from cce_fx.kernels.spec import Needs, Problem, RowGrads
-
-
-def peak_bytes(run: Callable[[], object]) -> int:
-    """The largest number of bytes allocated at once during `run`, over what was allocated before."""
-    with torch.profiler.profile(profile_memory=True, acc_events=True) as prof:
-        kept = run()
-    del kept
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
 
 
 def candidates(problem: Problem, names: list[str]) -> dict[str, tuple[Callable[[], object], int]]:
@@ -73,17 +56,6 @@ def candidates(problem: Problem, names: list[str]) -> dict[str, tuple[Callable[[
     return {name: made[name] for name in names if name in made}
 
 
-def measure(runs: dict[str, tuple[Callable[[], object], int]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each run in each round."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, (run, _) in runs.items():
-            start = time.perf_counter()
-            run()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", action="append", help="N,D,V (repeatable)")
@@ -108,7 +80,7 @@ def main() -> None:
 def report(shape: str, problem: Problem, names: list[str], rounds: int) -> None:
     runs = candidates(problem, names)
     extra = {name: (peak_bytes(run) - grads) / 2**20 for name, (run, grads) in runs.items()}  # also warms up
-    times = measure(runs, rounds)
+    times = interleaved({name: run for name, (run, _) in runs.items()}, rounds)
     base = "floor" if "floor" in runs else next(iter(runs))
     print(f"N,D,V = {shape}  {problem.hidden.dtype}  {torch.get_num_threads()} threads, {rounds} rounds", flush=True)
     for name, seconds in times.items():

@@ -29,6 +29,7 @@ _TYPES = {
     torch.int8: "i8",
     torch.int32: "i32",
     torch.int64: "i64",
+    torch.uint32: "u32",
     torch.bool: "i1",
 }
 _TENSOR_CORE = {
@@ -55,6 +56,7 @@ class Resources:
     tensor_core: dict[str, int]  # instructions by kind
     loops: int  # innermost loops in the assembly
     bare: int  # innermost loops without a tensor-core instruction
+    density: float  # flops on tensor cores for each instruction that a warp issues, in the loops that multiply
     assembly: str  # PTX or AMDGCN
 
 
@@ -101,7 +103,13 @@ def compile_source(source: ASTSource, options: dict[str, Any], machine: Machine)
     else:
         text = compiled.asm["amdgcn"]
         registers, spills = _hip_usage(text)
-    inner = innermost_loops(text)
+    loops = find_loops(text)
+    inner = [loop for loop in loops if loop.innermost]
+    multiply = {loop.name for loop in loops if _count(loop.body)}
+    # Not the loops around those, which hold what the compiler peeled off them, but those around a lock.
+    around = {name for loop in loops if loop.name in multiply for name in loop.parents}
+    busy = [loop for loop in loops if loop.name in multiply - around]
+    flops = sum(_tensor_flops(loop.body, text, warps) for loop in busy)
     return Resources(
         kernel=source.name,
         machine=machine.name,
@@ -112,37 +120,77 @@ def compile_source(source: ASTSource, options: dict[str, Any], machine: Machine)
         programs=_programs(machine, registers, shared, warps),
         tensor_core=_count(text),
         loops=len(inner),
-        bare=sum(not _count(body) for body in inner),
+        bare=sum(not _count(loop.body) for loop in inner),
+        density=flops / max(1, sum(loop.instructions for loop in busy)),
         assembly=text,
     )
 
 
-def innermost_loops(assembly: str) -> list[str]:
-    """The bodies of the loops in PTX or AMDGCN that contain no other.
+@dataclass(frozen=True)
+class Loop:
+    """A loop in PTX or AMDGCN, without the loops inside it."""
 
-    By LLVM's comments: blocks out of line jump back without being loops, and a few instructions of Triton's that spin on a
-    barrier inside the loop that works are none either.
+    name: str
+    body: str
+    innermost: bool
+    parents: frozenset[str]
+
+    @property
+    def instructions(self) -> int:
+        """How many there are, by lines that begin with one."""
+        return sum(
+            bool(re.match(r"\s+(?:@!?%p\d+\s+)?[a-z]\w*(?:[.:]|\s|_|;)", line)) for line in self.body.splitlines()
+        )
+
+
+def find_loops(assembly: str) -> list[Loop]:
+    """The loops of an assembly, by LLVM's comments.
+
+    Blocks out of line jump back without being loops, and a few instructions of Triton's that spin on a barrier inside the
+    loop that works are none either.
     """
-    loops: dict[str, list[str]] = {}
-    inner: list[str] = []
+    bodies: dict[str, list[str]] = {}
+    parents: dict[str, set[str]] = {}
+    inner: set[str] = set()
     here = block = ""
     for line in assembly.splitlines():
-        if label := re.match(r"(?:\.L|\$L__|; %|// %)(\w+):", line):
-            block, here = label.group(1).upper(), ""
-        if "This Inner Loop Header" in line:
+        if label := re.match(r"(?:\.L|\$L__)(BB\w+):|(?:;|//) %bb\.\d+:", line):
+            block, here = label.group(1) or "", ""
+        if parent := re.search(r"Parent Loop (\w+)", line):
+            parents.setdefault(block, set()).add(parent.group(1))
+        if "Loop Header: Depth" in line:
             here = block
-            inner.append(here)
+            inner |= {here} if "Inner Loop Header" in line else set()
         elif found := re.search(r"in Loop: Header=(\w+)", line):
             here = found.group(1)
         if here:
-            loops.setdefault(here, []).append(line)
-    return ["\n".join(loops[header]) for header in inner]
+            bodies.setdefault(here, []).append(line)
+    return [
+        Loop(header, "\n".join(body), header in inner, frozenset(parents.get(header, ())))
+        for header, body in bodies.items()
+    ]
 
 
 def _count(assembly: str) -> dict[str, int]:
     """Tensor-core instructions by kind."""
     counts = {name: len(re.findall(pattern, assembly)) for name, pattern in _TENSOR_CORE.items()}
     return {name: n for name, n in counts.items() if n}
+
+
+def _tensor_flops(body: str, assembly: str, warps: int) -> float:
+    """Flops of a loop's tensor-core instructions, for each warp (or wave), from the shapes that they carry."""
+    flops = 0.0
+    for m, n, k in re.findall(r"\bmma\.sync\.\S*?m(\d+)n(\d+)k(\d+)", body):
+        flops += 2 * int(m) * int(n) * int(k)
+    for m, n, k in re.findall(r"\bwgmma\.mma_async\.\S*?m(\d+)n(\d+)k(\d+)", body):
+        flops += 2 * int(m) * int(n) * int(k) / 4  # four warps issue it together
+    for m, n, k in re.findall(r"\bv_mfma_\w+?_(\d+)x(\d+)x(\d+)", body):
+        flops += 2 * int(m) * int(n) * int(k)
+    for register in re.findall(r"\btcgen05\.mma\S*\s+\[[^\]]*\],\s*%rd\d+,\s*%rd\d+,\s*(%r\d+)", body):
+        # One thread issues it; M and N stand in the instruction descriptor, and K is 16 for half precision.
+        descriptor = int(re.findall(rf"mov\.b32\s+{register}, (\d+);", assembly)[-1])
+        flops += 2 * ((descriptor >> 24 & 31) * 16) * ((descriptor >> 17 & 63) * 8) * 16 / warps
+    return flops
 
 
 def _programs(machine: Machine, registers: int, shared: int, warps: int) -> int:

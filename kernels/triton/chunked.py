@@ -7,6 +7,8 @@ that buffer is not affordable, d_hidden is made in a pass of its own over spans 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -45,6 +47,8 @@ def chunked(head: Head, rows: Rows, needs: Needs, plan: Plan, found: Filter | No
 
 def held(head: Head, rows: Rows, needs: Needs, plan: Plan) -> tuple[Stats, Grads]:
     """Stats and gradients with all tiles in scratch memory, so that each is computed once. Needs no cap, no filter."""
+    # The sums of a tile take registers beside the tile.
+    head = replace(head, config=replace(head.config, logits=head.config.heavy))
     d_hidden, d_weight, d_bias = _outputs(head, needs)
     s = make_scratch(head, head.n, plan.width, plan.blas, d_bias is not None, None, RELEASE_ROWS)
     parts = hold(head, rows, s)

@@ -88,6 +88,9 @@ def make_head(problem: Problem) -> Head:
     weights = local_class_weight(problem) if problem.smooth else None
     heavy = problem.smooth or problem.epilogue.softcap is not None
     heavy = heavy or problem.bias is not None or problem.filter_eps is not None
+    # Masks at the end of the vocabulary take registers too.
+    plain = machine.config(problem.hidden.dtype)
+    heavy = heavy or any(problem.weight.shape[0] % tile.cols for tile in (plain.sweep, plain.logits))
     config = machine.config(problem.hidden.dtype, heavy)
     return Head(problem, machine, config, None if weights is None else weights.contiguous())
 

@@ -49,7 +49,7 @@ class Config:
 
     sweep: Tile  # tiles of logits in the forward: rows of hidden by columns of the vocabulary
     logits: Tile  # the same where tiles are written to scratch memory
-    heavy: Tile  # instead of both, where a cap, a bias, smoothing or a filter needs registers too
+    heavy: Tile  # instead of both, where a cap, a bias, smoothing, a filter or a mask needs registers too
     product: Tile  # the two products of the chunked backward
     fused: Fused  # the fused kernels of the recompute backward
 
@@ -99,12 +99,13 @@ def _alike(tile: Tile, fused: Fused) -> Config:
 _SINGLE = _alike(Tile(64, 64, 32, 4, 3), Fused(32, 32, 32, 128, 4, 2))
 _DOUBLE = _alike(Tile(32, 32, 16, 4, 2), Fused(32, 32, 16, 64, 4, 2))
 _A, _H, _M = Tile(128, 128, 32, 8, 4), Tile(256, 128, 64, 8, 3), Tile(256, 128, 64, 8, 2)
+_B, _C = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)
 _HALF = {
     "sm_80": Config(_A, Tile(256, 128, 32, 8, 3), _A, _A, Fused(64, 64, 32, 256, 8, 3)),
     "sm_86": _alike(Tile(128, 128, 32, 8, 3), Fused(64, 64, 32, 256, 8, 2)),
     "sm_90": Config(_H, _H, Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Fused(64, 128, 64, 256, 8, 3)),
-    "sm_100": _alike(Tile(128, 128, 64, 8, 4), Fused(64, 64, 64, 256, 8, 3)),
-    "gfx942": Config(_M, _M, Tile(128, 128, 64, 4, 2), Tile(128, 128, 64, 8, 2), Fused(64, 64, 32, 256, 8, 2)),
+    "sm_100": Config(_B, _B, _C, _C, Fused(64, 64, 64, 256, 8, 3)),
+    "gfx942": Config(_M, _M, Tile(128, 128, 64, 4, 2), _M, Fused(64, 64, 32, 256, 8, 2)),
 }
 # The interpreter pays for every operation and not for its size.
 _TEST = Tile(16, 64, 32, 1, 1)

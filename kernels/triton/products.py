@@ -20,6 +20,19 @@ from .tiles import Scratch
 
 
 @triton.jit
+def _load(at, outer, inner, MASK_OUTER: tl.constexpr, MASK_INNER: tl.constexpr):
+    """Entries (A, B) at the pointers `at`, 0 where outer (A,) or inner (B,) is false; a mask not asked for is not made."""
+    if MASK_OUTER and MASK_INNER:
+        return tl.load(at, mask=outer[:, None] & inner[None, :], other=0.0)
+    elif MASK_OUTER:
+        return tl.load(at, mask=outer[:, None], other=0.0)
+    elif MASK_INNER:
+        return tl.load(at, mask=inner[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
 def _into_hidden(
     scratch,  # (height, width)
     weight,  # (V, D)
@@ -50,6 +63,9 @@ def _into_hidden(
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,  # classes that share a flag; DEPTH where there are none
     FLAG_ROWS: tl.constexpr,  # rows that share a flag
+    EVEN_ROWS: tl.constexpr,  # the scratch holds whole blocks of rows; what is past the kept ones is not stored
+    EVEN_COLS: tl.constexpr,  # D is a multiple of COLS
+    EVEN_STEP: tl.constexpr,  # the classes are whole steps
 ):
     block, part = swizzle(tl.program_id(0), blocks, groups, GROUP)
     count = tl.load(state)
@@ -77,15 +93,32 @@ def _into_hidden(
                 c = start + at
                 if ORDERED:
                     c = tl.load(order + c, mask=inside, other=0)
-                a = tl.load(lines + at[None, :], mask=kept[:, None] & inside[None, :], other=0.0)
+                a = _load(lines + at[None, :], kept, inside, not EVEN_ROWS, not EVEN_STEP)
                 b = weight + c.to(tl.int64)[:, None] * stride_wv + d_offset
-                b = tl.load(b, mask=inside[:, None] & (d[None, :] < D), other=0.0)
+                b = _load(b, inside, d < D, not EVEN_STEP, not EVEN_COLS)
                 total = tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
     if before is not None:
         total += tl.load(before + into, mask=mask, other=0.0)
     if unit is not None:
         total *= tl.load(unit)
     tl.store(out + into, narrow(total, out.dtype.element_ty, OPERAND), mask=mask)
+
+
+@triton.jit
+def _add_rows(
+    total, scratch, hidden, index, place, count, at, inside, d, D, width, stride_hn, d_offset,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr, EVEN_ROWS: tl.constexpr,
+    EVEN_COLS: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    """total + scratch.T @ hidden over the kept rows at `place`; TAIL where some may be at `count` or after."""
+    kept = place < count
+    if TAIL:
+        row = tl.load(index + place, mask=kept, other=0)
+    else:
+        row = tl.load(index + place)
+    a = _load(scratch + place.to(tl.int64)[:, None] * width + at[None, :], kept, inside, TAIL, not EVEN_ROWS)
+    b = _load(hidden + row.to(tl.int64)[:, None] * stride_hn + d_offset, kept, d < D, TAIL, not EVEN_COLS)
+    return tl.dot(tl.trans(a).to(OPERAND), b.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
 
 
 @triton.jit
@@ -117,6 +150,8 @@ def _into_weight(
     DEPTH: tl.constexpr,
     STEP: tl.constexpr,  # rows that share a flag; DEPTH where there are none
     TILE: tl.constexpr,  # classes that share a flag
+    EVEN_ROWS: tl.constexpr,  # the scratch holds whole blocks of classes; what is past the last is not stored
+    EVEN_COLS: tl.constexpr,  # D is a multiple of COLS
 ):
     block, part = swizzle(tl.program_id(0), blocks, groups, GROUP)
     count = tl.load(state)
@@ -126,20 +161,26 @@ def _into_weight(
     total = tl.zeros((ROWS, COLS), dtype=ACC)
     k = tl.arange(0, DEPTH)
     d_offset = (d.to(tl.int64) * stride_hd)[None, :]
-    for piece in range(0, tl.cdiv(count, STEP)):
-        wanted = True
-        if flags is not None:
-            wanted = tl.load(flags + piece * tiles + block * ROWS // TILE) != 0
-        if wanted:
-            for inner in range(0, STEP // DEPTH):
-                place = piece * STEP + inner * DEPTH + k
-                kept = place < count
-                row = tl.load(index + place, mask=kept, other=0)
-                a = scratch + place.to(tl.int64)[:, None] * width + at[None, :]
-                a = tl.load(a, mask=kept[:, None] & inside[None, :], other=0.0)
-                b = hidden + row.to(tl.int64)[:, None] * stride_hn + d_offset
-                b = tl.load(b, mask=kept[:, None] & (d[None, :] < D), other=0.0)
-                total = tl.dot(tl.trans(a).to(OPERAND), b.to(OPERAND), total, input_precision=PRECISION, out_dtype=ACC)
+    if flags is None:
+        # Whole steps need no mask, which costs more instructions than the product.
+        for start_row in range(0, count // DEPTH * DEPTH, DEPTH):
+            total = _add_rows(
+                total, scratch, hidden, index, start_row + k, count, at, inside, d, D, width, stride_hn, d_offset,
+                OPERAND, PRECISION, ACC, EVEN_ROWS, EVEN_COLS, False,
+            )  # fmt: skip
+        if count % DEPTH != 0:
+            total = _add_rows(
+                total, scratch, hidden, index, count // DEPTH * DEPTH + k, count, at, inside, d, D, width, stride_hn,
+                d_offset, OPERAND, PRECISION, ACC, EVEN_ROWS, EVEN_COLS, True,
+            )  # fmt: skip
+    else:
+        for piece in range(0, tl.cdiv(count, STEP)):
+            if tl.load(flags + piece * tiles + block * ROWS // TILE) != 0:
+                for inner in range(0, STEP // DEPTH):
+                    total = _add_rows(
+                        total, scratch, hidden, index, piece * STEP + inner * DEPTH + k, count, at, inside, d, D,
+                        width, stride_hn, d_offset, OPERAND, PRECISION, ACC, EVEN_ROWS, EVEN_COLS, True,
+                    )  # fmt: skip
     if unit is not None:
         total *= tl.load(unit)
     c = start + at
@@ -186,8 +227,11 @@ def into_hidden(
         ROWS=t.rows,
         COLS=t.cols,
         DEPTH=t.depth,
-        STEP=t.depth if found is None else head.config.logits.cols,
+        STEP=(step := t.depth if found is None else head.config.logits.cols),
         FLAG_ROWS=head.config.logits.rows,
+        EVEN_ROWS=s.tile.shape[0] % t.rows == 0,
+        EVEN_COLS=head.d % t.cols == 0,
+        EVEN_STEP=(stop - start) % step == 0,
     )
 
 
@@ -226,6 +270,8 @@ def into_weight(
         DEPTH=t.depth,
         STEP=t.depth if found is None else head.config.logits.rows,
         TILE=head.config.logits.cols,
+        EVEN_ROWS=s.tile.shape[1] % t.rows == 0,
+        EVEN_COLS=head.d % t.cols == 0,
     )
 
 

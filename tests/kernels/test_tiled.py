@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.measure import peak_bytes
 from cce_fx.kernels import reference, tiled
 from cce_fx.kernels.spec import Epilogue, Grads, Needs, Problem, RowGrads, Shard, Stats
 from tests.kernels.contract import ALL, assert_as_good, check, gradient_terms, problems, small, smooth_terms, tensor
@@ -131,14 +132,9 @@ def test_a_shard_has_no_statistics_of_its_own():
 def extra_bytes(problem: Problem, needs: Needs) -> int:
     """The peak of what forward_backward allocates beyond what it returns."""
     rows = RowGrads(torch.ones(problem.target.shape[0]))
-    with torch.profiler.profile(profile_memory=True, acc_events=True) as prof:
-        stats, grads = tiled.forward_backward(problem, rows, needs)
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak - sum(t.nbytes for t in (*stats, *grads) if t is not None)
+    kept = []
+    peak = peak_bytes(lambda: kept.append(tiled.forward_backward(problem, rows, needs)))
+    return peak - sum(t.nbytes for results in kept[0] for t in results if t is not None)
 
 
 @pytest.mark.parametrize("workspace", [1 << 18, 1 << 20, 1 << 22])

@@ -1,0 +1,50 @@
+"""The benchmark programs run, say what is missing, and write what they measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import gpu, kernel, measure, peers
+
+
+def test_gpu_program_compares_what_runs_here_and_names_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = "gpu --device cpu --dtype float32 --shape 40,32,300 --rounds 2".split()
+    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path)])
+    gpu.main()
+    (path,) = tmp_path.glob("*.json")
+    assert path.with_suffix(".png").stat().st_size > 10_000
+    found = {r["implementation"]: r for r in json.loads(path.read_text())["results"]}
+    assert list(found) == [p.name for p in peers.peers("cpu")]
+    for name in ("eager", "inductor", "cce_fx", "cce_fx, recompute"):
+        assert found[name]["both"] > found[name]["forward"] / 2 > 0 and max(found[name]["error"].values()) < 1e-5
+    assert found["liger-kernel"]["note"] and found["liger-kernel"]["both"] is None
+    assert "runs on a GPU only" in capsys.readouterr().out
+
+
+def test_gpu_program_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="no GPU"):
+        gpu.main()
+
+
+def test_kernel_program_prints_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", "kernel --shape 64,16,500 --rounds 1 --runs floor,tiled,ignored".split())
+    kernel.main()
+    assert "/floor" in capsys.readouterr().out
+
+
+def test_peak_is_counted_exactly() -> None:
+    def run() -> torch.Tensor:
+        a = torch.empty(1 << 20, dtype=torch.uint8)
+        del a
+        return torch.empty(3 << 19, dtype=torch.uint8)
+
+    assert measure.peak_bytes(run) == 3 << 19
