@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,7 +40,8 @@ def cce(
     """
     ours, rest = split(options)
     fakes.ensure(gm, example_inputs)
-    report, found = apply(gm, ours.policy)
+    tune = (mode or "").startswith("max-autotune") or bool(rest.get("max_autotune"))
+    report, found = apply(gm, replace(ours.policy, tune=tune))
     cut = CutOutputs()
     if ours.logits == "lazy":
         cut = cut_outputs(gm, found, {r.linear for r in report.rewritten}, ours.policy)

@@ -45,6 +45,7 @@ class KernelSpec:
     autocast: bool = True
     workspace: int | None = None
     filter_eps: float | None = None
+    tune: bool = False
 
 
 def head_args(loss: LossSpec, kernel: KernelSpec, *, skip_ignored: bool, smooth: bool) -> tuple[Any, ...]:
@@ -60,6 +61,7 @@ def head_args(loss: LossSpec, kernel: KernelSpec, *, skip_ignored: bool, smooth:
         kernel.autocast,
         kernel.workspace,
         kernel.filter_eps,
+        kernel.tune,
     )
 
 
@@ -149,7 +151,8 @@ def linear_cross_entropy(
         strategy: "grads_in_forward" makes the gradients while the tiles of logits are at hand (scalar reductions);
             "recompute" makes the tiles again in the backward; "auto" chooses.
         workspace: bytes the kernel may hold beyond its results; None is the kernel's default.
-        filter_eps: None is exact; otherwise a bound on the probability mass dropped per row in the backward.
+        filter_eps: None is exact; otherwise tiles of the backward whose probabilities all lie below it are left out (GPU
+            only; ValueError elsewhere).
 
     Returns:
         float32 (float64 for float64 inputs): () for "mean" and "sum", the shape of target for "none".

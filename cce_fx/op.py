@@ -29,7 +29,7 @@ from .kernels.spec import Epilogue, Grads, Needs, Problem, RowGrads
 _HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, int? ignore_index, "
     "bool skip_ignored, bool smooth, float scale, float? softcap, float post_scale, bool autocast, int? workspace, "
-    "float? filter_eps"
+    "float? filter_eps, bool tune"
 )
 _HEAD_ARGS = _HEAD.count(",") + 1
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -62,6 +62,7 @@ def _problem(
     autocast: bool,
     workspace: int | None,
     filter_eps: float | None,
+    tune: bool,
 ) -> Problem:
     return Problem(
         hidden=hidden,
@@ -75,6 +76,7 @@ def _problem(
         class_weight=class_weight,
         workspace=workspace,
         filter_eps=filter_eps,
+        tune=tune,
     )
 
 

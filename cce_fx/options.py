@@ -22,7 +22,8 @@ class Options:
     Attributes:
         logits: "lazy" hands out `LazyLogits` for logits that the program returns and that nothing else in the graph
             reads; "keep" computes them as before.
-        filter_eps: None is exact; otherwise a bound on the probability mass dropped per row in the backward.
+        filter_eps: None is exact; otherwise tiles of the backward whose probabilities all lie below it are left out (GPU
+            only; ValueError elsewhere).
         strategy: "grads_in_forward", "recompute", or "auto".
         workspace: bytes that a kernel may hold beyond its results; None is the kernel's default.
         inner: the backend that compiles the rewritten graph: "inductor", any other name that `torch.compile` knows,

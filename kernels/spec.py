@@ -63,6 +63,7 @@ class Problem:
     shard: Shard | None = None  # this rank's part of the vocabulary; None is all of it
     workspace: int | None = None  # bytes a kernel may hold beyond its outputs; None is the kernel's default
     filter_eps: float | None = None  # None is exact
+    tune: bool = False  # whether a kernel may choose its block shapes by timing them
 
 
 class Partials(NamedTuple):

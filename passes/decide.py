@@ -28,6 +28,7 @@ class Policy:
     min_vocab: int | None = None  # classes below which a head is left alone; None is max(D, 32)
     workspace: int | None = None  # bytes
     filter_eps: float | None = None
+    tune: bool = False  # block shapes by timing, where the kernel has a choice
 
 
 def bytes_saved(candidate: Candidate) -> sympy.Expr:

@@ -103,6 +103,7 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
         autocast=False,  # the casts of the program are in the graph
         workspace=policy.workspace,
         filter_eps=policy.filter_eps,
+        tune=policy.tune,
     )
     dtype = statistics_dtype(view.dtype)
     out = site_loss(hidden, weight, bias, rows, class_weight, view.classes, dtype, loss, kernel)

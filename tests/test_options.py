@@ -68,6 +68,24 @@ def test_modes_mean_what_they_mean_for_inductor(mode: str, monkeypatch: pytest.M
     assert seen == [torch._inductor.list_mode_options(mode, None)]
 
 
+@pytest.mark.parametrize(
+    "how, tune",
+    [({"mode": "max-autotune-no-cudagraphs"}, True), ({"options": {"max_autotune": True}}, True), ({}, False)],
+)
+def test_kernels_may_tune_only_where_inductor_may(
+    monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], tune: bool
+) -> None:
+    graphs = []
+    monkeypatch.setattr(
+        torch._TorchCompileInductorWrapper, "__call__", lambda _, gm, __: graphs.append(gm) or gm.forward
+    )
+    torch._dynamo.reset()
+    torch.compile(_loss, backend="cce", **how)(*_inputs())
+    (call,) = (n for n in graphs[0].graph.nodes if "cce.linear" in str(n.target))
+    names = [a.name for a in call.target._schema.arguments]
+    assert call.args[names.index("tune")] is tune
+
+
 @pytest.mark.parametrize("strategy", ["grads_in_forward", "recompute"])
 def test_strategy_chooses_the_operator(strategy: str) -> None:
     watch = Watch()

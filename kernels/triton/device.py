@@ -51,6 +51,11 @@ def record(machine: Machine) -> Iterator[list[Launch]]:
         _recorder.reset(token)
 
 
+def recording() -> bool:
+    """Whether launches are written down and not run."""
+    return _recorder.get() is not None
+
+
 def interpreted() -> bool:
     """Whether triton runs kernels in its interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")

@@ -198,11 +198,11 @@ def splits_of(head: Head) -> int:
     return max(1, min(wanted, tiles // 4))
 
 
-def _run(problem: Problem, stats: bool) -> list[Tensor]:
-    head = make_head(problem)
+def run(head: Head, stats: bool) -> list[Tensor]:
+    """nll, lse, smooth, or the partial sums max, sumexp, target_logit, smooth."""
     if not head.n:
         return _empty(head, stats)
-    rows = select(problem)
+    rows = select(head.problem)
     return _join_parts(head, rows, _parts(head, rows), stats)
 
 
@@ -302,7 +302,7 @@ def _join_parts(head: Head, rows: Rows, parts: list[Tensor | None], stats: bool)
 
 def partial(problem: Problem) -> Partials:
     """Per-row sums (N,) over the columns of this shard, in float32 (float64 for float64). See `rows.select` for errors."""
-    return Partials(*_run(problem, stats=False))
+    return Partials(*run(make_head(problem), stats=False))
 
 
 def forward(problem: Problem) -> Stats:
@@ -312,4 +312,4 @@ def forward(problem: Problem) -> Stats:
     """
     if problem.shard is not None:
         raise ValueError("forward needs the whole vocabulary; combine the partials of all shards instead")
-    return Stats(*_run(problem, stats=True))
+    return Stats(*run(make_head(problem), stats=True))

@@ -51,6 +51,7 @@ OPTIONS = {
     "smooth": {"smooth": True},
     "class_weight": {"smooth": True, "class_weight": torch.rand(37)},
     "workspace": {"workspace": 1 << 14},
+    "tune": {"tune": True},
 }
 
 
