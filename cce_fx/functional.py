@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -108,6 +108,39 @@ def site_loss(
     if smooth:
         rows = rows + w_smooth * smooth_nll
     return rows if loss.reduction == "none" else _mean_of_none(rows.sum(), denominator)
+
+
+def row_statistics(
+    hidden: Any,  # (N, D)
+    weight: Any,  # (V, D)
+    bias: Any,  # (V,) or None
+    target: Any,  # (N,) int64
+    loss: LossSpec,
+    kernel: KernelSpec,
+    smooth: bool = False,
+) -> tuple[Any, Any, Any]:
+    """nll (N,), lse (N,) and, where wanted, smooth (N,) of tensors or of proxies; every row counts."""
+    everything = replace(loss, ignore_index=None)  # type: ignore[arg-type]
+    head = head_args(everything, kernel, skip_ignored=False, smooth=smooth)
+    return _unpack(torch.ops.cce.linear_cross_entropy.default(hidden, weight, bias, target, None, *head))
+
+
+def target_logit(hidden: Any, weight: Any, bias: Any, target: Any, epilogue: Epilogue, dtype: torch.dtype) -> Any:
+    """z_t (N,) in `dtype`: one product of D numbers a row, whatever the vocabulary."""
+    z = (hidden.to(dtype) * weight[target].to(dtype)).sum(-1)
+    if bias is not None:
+        z = z + bias[target].to(dtype)
+    z = z * epilogue.scale
+    if epilogue.softcap is not None:
+        z = epilogue.softcap * torch.tanh(z / epilogue.softcap)
+    return z * epilogue.post_scale
+
+
+def top_class(hidden: Any, weight: Any, bias: Any, epilogue: Epilogue, workspace: int | None) -> Any:
+    """The likeliest class (N,) of each row, without gradient."""
+    bias = None if bias is None else bias.detach()
+    e = (float(epilogue.scale), epilogue.softcap, float(epilogue.post_scale))
+    return torch.ops.cce.linear_argmax.default(hidden.detach(), weight.detach(), bias, *e, workspace)
 
 
 def _mean_of_none(total: Any, denominator: Any) -> Any:

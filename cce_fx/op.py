@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .kernels.argmax import argmax
 from .kernels.spec import Epilogue, Grads, Needs, Problem, RowGrads
 
 # The arguments that describe the head, in the order of every operator's schema.
@@ -273,6 +274,28 @@ class _Once(torch.autograd.Function):
 
 
 linear_cross_entropy_with_grads.register_autograd(_sum_backward, setup_context=_sum_setup)
+
+
+# --- the likeliest class -----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "cce::linear_argmax",
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? softcap, float post_scale, int? workspace) "
+    "-> Tensor",
+)
+def linear_argmax(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ignore[no-untyped-def]
+    """The class (N,) int64 of the largest logit of each row of hidden (N, D); no gradient."""
+    target = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
+    _check(hidden, weight, bias, target, None)
+    epilogue = Epilogue(scale, softcap, post_scale)
+    return argmax(Problem(hidden, weight, bias, target, epilogue, ignore_index=None, workspace=workspace))
+
+
+@linear_argmax.register_fake
+def _(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ignore[no-untyped-def]
+    return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
 
 
 # --- autocast -----------------------------------------------------------------------------------------------------------

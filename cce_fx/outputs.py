@@ -18,7 +18,7 @@ from .passes.canonical import canonical
 from .passes.decide import Policy, illegal_head
 from .passes.rewriter import erase_unused
 from .passes.trace import Trace
-from .passes.values import LogitsView, value_of
+from .passes.values import Form, LogitsView, value_of
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ def _layout(node: Node, view: LogitsView) -> tuple[bool, int, torch.dtype]:
 def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], policy: Policy) -> bool:
     """Whether a returned node is a head's logits that, but for the output, nothing reads."""
     view = found.views.get(node)
-    if view is None or view.log:
+    if view is None or view.form is not Form.LOGITS:
         return False
     if view.linear.name not in rewritten:
         least = max(LARGE_VOCAB, view.hidden_size + 1) if policy.min_vocab is None else policy.min_vocab

@@ -49,8 +49,9 @@ view reshape flatten unflatten squeeze unsqueeze transpose permute movedim t swa
 select slice index_select roll view_as reshape_as expand masked_select rearrange
 contiguous clone alias detach to float double half bfloat16 type type_as _to_copy
 mul multiply div truediv true_divide divide neg negative tanh add sub subtract rsub
-log_softmax _log_softmax softmax log cross_entropy cross_entropy_loss nll_loss nll_loss_nd nll_loss2d gather
-take_along_dim logsumexp masked_fill where cat dropout
+split chunk tensor_split unbind
+log_softmax _log_softmax softmax _softmax log exp cross_entropy cross_entropy_loss nll_loss nll_loss_nd nll_loss2d gather
+take_along_dim logsumexp masked_fill where cat concat concatenate dropout sum mean one_hot arange amax
 """.split()
 
 
@@ -65,7 +66,7 @@ def _functions() -> dict[Any, str]:
         method = getattr(torch.Tensor, f"__{name}__", None)
         if method is not None:
             found[method] = _ALIASES.get(name, name)
-    for name in ("argmax", "argmin", "max", "min", "amax", "topk"):
+    for name in ("argmax", "argmin", "max", "min", "topk"):
         found |= {getattr(torch, name): name, getattr(torch.Tensor, name): name}
     found[torch.Tensor.__rmul__] = "mul"
     return found

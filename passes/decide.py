@@ -6,14 +6,16 @@ longer holds, in N, D and V; under dynamic shapes N stays a symbol, and no guard
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import sympy
 import torch
+from torch.fx import Node
 
 from ..functional import makes_grads_in_forward
-from .values import Candidate, Decline, LogitsView, LossSite, Operand, Reason, value_of
+from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, value_of
 
 N, D, V = sympy.symbols("N D V", positive=True, integer=True)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -45,8 +47,8 @@ def bytes_saved(candidate: Candidate) -> sympy.Expr:
     return N * V * copies
 
 
-def decide(candidate: Candidate, policy: Policy) -> LossSite | Decline:
-    """A site that may be rewritten, or the reason why not."""
+def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) -> LossSite | Decline:
+    """A site that may be rewritten, or the reason why not; `needed` are views that stay, whatever is rewritten."""
     view = candidate.view
     refused = _illegal(candidate)
     if refused is not None:
@@ -54,6 +56,8 @@ def decide(candidate: Candidate, policy: Policy) -> LossSite | Decline:
     least = max(view.hidden_size, _SMALLEST_VOCAB) + 1 if policy.min_vocab is None else policy.min_vocab
     if view.classes < least:
         return Decline(Reason.SMALL, candidate.anchor, f"{view.classes} classes, hidden size {view.hidden_size}")
+    if candidate.result is not Result.LOSS and any(n in needed for n in view.path):
+        return Decline(Reason.USED, candidate.anchor)
     saved = bytes_saved(candidate)
     rows = row_count(view)
     value = None
@@ -66,10 +70,11 @@ def illegal_head(view: LogitsView) -> Decline | None:
     """Why a head cannot be computed by the kernels, or None."""
     if view.dtype not in _DTYPES:
         return Decline(Reason.DTYPE, view.linear, str(view.dtype))
-    for operand in (view.hidden, view.weight, view.bias):
-        value = value_of(operand.node) if operand is not None else None
-        if value is not None and not _is_dense(value):
-            return Decline(Reason.SUBCLASS, operand.node, type(value).__name__)  # type: ignore[union-attr]
+    for operand in view.operands:
+        for node in operand.nodes:
+            value = value_of(node)
+            if isinstance(value, torch.Tensor) and not _is_dense(value):
+                return Decline(Reason.SUBCLASS, node, type(value).__name__)
     return None
 
 
@@ -78,7 +83,9 @@ def _illegal(candidate: Candidate) -> Decline | None:
     refused = illegal_head(view)
     if refused is not None:
         return refused
-    target, rows = value_of(candidate.target.node), _row_shape(view)
+    if candidate.result is not Result.LOSS:
+        return None
+    target, rows = value_of(candidate.target), _row_shape(view)
     # Sizes that are symbols may be equal without our knowing; the operator then checks them when it runs.
     if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(target.shape, rows, strict=True)):
         return Decline(Reason.TARGET, candidate.anchor, f"targets {tuple(target.shape)} for rows {rows}")
@@ -109,15 +116,10 @@ def row_count(view: LogitsView) -> Any:
 
 def _needs(candidate: Candidate, policy: Policy) -> tuple[bool, bool, bool] | None:
     view, anchor = candidate.view, value_of(candidate.anchor)
-    if candidate.result != "loss" or not anchor.requires_grad:
+    if candidate.result is not Result.LOSS or not anchor.requires_grad:
         return None
     if not makes_grads_in_forward(policy.strategy, candidate.loss.reduction, view.dtype):
         return None
-    found = (_differentiable(view.hidden), _differentiable(view.weight), _differentiable(view.bias))
+    bias = view.bias is not None and view.bias.requires_grad
+    found = (view.hidden.requires_grad, view.weight.requires_grad, bias)
     return found if any(found) else None
-
-
-def _differentiable(operand: Operand | None) -> bool:
-    if operand is None or any(step.name == "detach" for step in operand.steps):
-        return False
-    return bool(value_of(operand.node).requires_grad)

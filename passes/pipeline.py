@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from . import fakes
 from .decide import Policy, decide
@@ -17,7 +17,7 @@ from .registry import rules_text
 from .report import Declined, Report, Rewritten
 from .rewriter import logits_use, rewrite_site
 from .trace import Trace, trace
-from .values import Decline
+from .values import Decline, LossSite, Reason, Result
 
 log = logging.getLogger("cce_fx")
 
@@ -27,12 +27,16 @@ def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
     found = trace(gm.graph)
     report = Report()
     declines = list(found.declines)
-    done = []
+    done: list[LossSite] = []
+    moved: dict[Node, Node] = {}
+    needed = found.needed()
     for candidate in found.candidates:
-        site = decide(candidate, policy)
-        refused = site if isinstance(site, Decline) else rewrite_site(gm, site, policy)
+        site = decide(candidate, policy, needed)
+        refused = site if isinstance(site, Decline) else rewrite_site(gm, site, policy, moved)
         if refused is not None:
-            declines.append(refused)
+            # A router's or a gate's statistics are no loss that a user would look for.
+            if candidate.result is Result.LOSS or refused.reason is not Reason.SMALL:
+                declines.append(refused)
         else:
             done.append(site)
     outputs = {n for n in gm.graph.nodes if n.op == "output"}

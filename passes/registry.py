@@ -15,18 +15,20 @@ found, a reason why a view ends here, or None where the node has nothing to do w
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from .values import Candidate, Decline, LogitsView, Reason, value_of
+from .values import Candidate, Decline, Form, LogitsView, Reason, value_of
 
 Outcome = LogitsView | Candidate | Decline | None
 Rule = Callable[["Call"], Outcome]
 RULES: dict[Any, Rule] = {}
+# Forms that hold nothing but rows of classes, so that rows can be moved about; the others carry a shift or a target along.
+WHOLE = (Form.LOGITS, Form.LOG_SOFTMAX, Form.SOFTMAX)
 
 
 def rule(*operations: str | Callable[..., Any]) -> Callable[[Rule], Rule]:
@@ -64,12 +66,13 @@ class Call:
             return tuple(rest[0])
         return tuple(rest)
 
-    def view(self, position: int = 0, name: str = "input") -> LogitsView | None:
-        """The view that the argument is, if it is one."""
+    def view(self, position: int = 0, name: str = "input", forms: Collection[Form] = WHOLE) -> LogitsView | None:
+        """The view that the argument is, if it is one of those `forms`."""
         found = self.arg(position, name)
         if found is None and position == 0:
             found = self.node.kwargs.get("self")
-        return self.values.get(found) if isinstance(found, Node) else None
+        view = self.values.get(found) if isinstance(found, Node) else None
+        return view if view is not None and view.form in forms else None
 
     def value(self, position: int, name: str, default: Any = None) -> Any:
         return value_of(self.arg(position, name, default))

@@ -11,11 +11,11 @@ import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
 from torch.fx.proxy import GraphAppendingTracer
 
-from ..functional import KernelSpec, site_loss, statistics_dtype
+from ..functional import KernelSpec, row_statistics, site_loss, statistics_dtype, target_logit, top_class
 from ..kernels.spec import Needs
 from .decide import Policy
 from .fakes import propagate
-from .values import Decline, LogitsView, LossSite, Operand, Reason, value_of
+from .values import Candidate, Decline, LogitsView, LossSite, Operand, Reason, Result, value_of
 
 log = logging.getLogger("cce_fx")
 
@@ -23,8 +23,8 @@ log = logging.getLogger("cce_fx")
 class Builder:
     """Writes nodes into a graph by running ordinary code on proxies, and remembers what it wrote."""
 
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
+    def __init__(self, graph: Graph, moved: dict[Node, Node]) -> None:
+        self.graph, self.moved = graph, moved
         self.written: list[Node] = []
         self._tracer = GraphAppendingTracer(graph)
 
@@ -48,15 +48,17 @@ class Builder:
             at = at.next
 
     def proxy(self, value: Any) -> Any:
-        """Proxies in place of the nodes in a value."""
-        return torch.fx.node.map_arg(value, lambda n: Proxy(n, self._tracer))
+        """Proxies in place of the nodes in a value; of what was written for them where they were rewritten."""
+        return torch.fx.node.map_arg(value, lambda n: Proxy(self.moved.get(n, n), self._tracer))
 
     def operand(self, operand: Operand, dtype: torch.dtype) -> Any:
         """An operand with its steps, in `dtype`."""
-        x = Proxy(operand.node, self._tracer)
+        x = self.proxy(operand.node)
         for step in operand.steps:
-            x = step.apply(x, *self.proxy(step.args))
-        return x if value_of(operand.node).dtype == dtype else x.to(dtype)
+            args = (self.operand(a, dtype) if isinstance(a, Operand) else self.proxy(a) for a in step.args)
+            x = step.apply(x, *args)
+        same = value_of(operand.node).dtype == dtype and not any(s.name == "mask_to_bias" for s in operand.steps)
+        return x if same else x.to(dtype)
 
     def undo(self) -> None:
         for node in reversed(self.written):
@@ -64,10 +66,13 @@ class Builder:
         self.written.clear()
 
 
-def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy) -> Decline | None:
-    """Replace the site's loss; a Decline, with the graph as it was, where the result does not fit in its place."""
+def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy, moved: dict[Node, Node]) -> Decline | None:
+    """Replace the site's loss; a Decline, with the graph as it was, where the result does not fit in its place.
+
+    `moved` tells what stands in the place of anchors that were replaced before, and is told of this one.
+    """
     anchor = site.candidate.anchor
-    builder = Builder(gm.graph)
+    builder = Builder(gm.graph, moved)
     try:
         with builder.before(anchor):
             new = _write(builder, site, policy).node
@@ -81,6 +86,7 @@ def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy) -> Decline | N
         builder.undo()
         return Decline(Reason.INTERNAL, anchor, f"{tuple(was.shape)} {was.dtype} became {tuple(now.shape)} {now.dtype}")
     anchor.replace_all_uses_with(new)
+    moved[anchor] = new
     erase_unused(gm.graph, [anchor, *reversed(site.candidate.view.path)])
     return None
 
@@ -91,10 +97,9 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
     hidden = builder.operand(view.hidden, view.dtype)
     if view.class_dim != len(view.shape) - 1:
         hidden = torch.movedim(hidden, view.class_dim, -1)
+    shaped = hidden
     if len(view.shape) != 2:
         hidden = torch.reshape(hidden, (-1, view.hidden_size))
-    target = builder.proxy(candidate.target.node)
-    rows = target if len(view.shape) == 2 else torch.reshape(target, (-1,))
     weight = builder.operand(view.weight, view.dtype)
     bias = None if view.bias is None else builder.operand(view.bias, view.dtype)
     class_weight = None if candidate.class_weight is None else builder.proxy(candidate.class_weight)
@@ -106,10 +111,52 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
         tune=policy.tune,
     )
     dtype = statistics_dtype(view.dtype)
-    out = site_loss(hidden, weight, bias, rows, class_weight, view.classes, dtype, loss, kernel)
-    if loss.reduction == "none" and len(view.shape) != 2:
-        out = out.reshape_as(target)
+    target = rows = None
+    if candidate.target is not None:
+        target = builder.proxy(candidate.target)
+        rows = target if value_of(candidate.target).dim() == 1 else torch.reshape(target, (-1,))
+    if candidate.result is Result.LOSS:
+        out = site_loss(hidden, weight, bias, rows, class_weight, view.classes, dtype, loss, kernel)
+        if loss.reduction == "none" and len(view.shape) != 2:
+            out = out.reshape_as(target)
+    else:
+        out = _rows(builder, candidate, (hidden, weight, bias, rows), kernel, dtype)
+        out = out.sum() if candidate.total else _as_anchor(out, candidate, shaped)
     return out if value_of(candidate.anchor).dtype == dtype else out.to(value_of(candidate.anchor).dtype)
+
+
+def _rows(builder: Builder, candidate: Candidate, head: tuple[Any, ...], kernel: KernelSpec, dtype: torch.dtype) -> Any:
+    """What a candidate other than a loss returns, (N,) in `dtype`."""
+    view, result, epilogue = candidate.view, candidate.result, candidate.loss.epilogue
+    hidden, weight, bias, rows = head
+    shift = None if view.shift is None else torch.reshape(builder.proxy(view.shift), (-1,)).to(dtype)
+    if result is Result.LOGIT:
+        out = target_logit(hidden, weight, bias, rows, epilogue, dtype)
+    elif result is Result.MAX:
+        out = target_logit(
+            hidden, weight, bias, top_class(hidden, weight, bias, epilogue, kernel.workspace), epilogue, dtype
+        )
+    else:
+        summed = result in (Result.SUM_LOG, Result.MEAN_LOG)
+        if rows is None:
+            rows = torch.zeros_like(hidden.select(1, 0), dtype=torch.int64)
+        nll, lse, smooth = row_statistics(hidden, weight, bias, rows, candidate.loss, kernel, smooth=summed)
+        if result in (Result.LOG_PROB, Result.PROB):
+            return -nll if result is Result.LOG_PROB else torch.exp(-nll)
+        if summed:
+            return -smooth if result is Result.SUM_LOG else -smooth / view.classes
+        out = lse
+    if shift is not None:
+        out = out - shift
+    return torch.exp(out) if result is Result.SUM_EXP else out
+
+
+def _as_anchor(out: Any, candidate: Candidate, shaped: Any) -> Any:
+    """(N,) in the shape of the anchor; `shaped` is hidden (..., D) in the view's rows, the class dimension last."""
+    rank, at = len(candidate.view.shape), candidate.view.class_dim
+    if rank != 2:
+        out = out.reshape_as(shaped.select(-1, 0))
+    return out.unsqueeze(at) if candidate.keepdim else out
 
 
 def erase_unused(graph: Graph, nodes: list[Node]) -> None:

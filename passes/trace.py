@@ -6,7 +6,6 @@ so a loss after it sees no view, and a loss before it is unaffected.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +15,7 @@ from . import rules as rules  # registers them
 from .canonical import canonical, mutated_arguments
 from .registry import RULES, Call
 from .rules.elementwise import detached
-from .values import Candidate, Decline, LogitsView, Operand, Reason, value_of
+from .values import Candidate, Decline, LogitsView, Reason, value_of
 
 # Consumers of logits by which a user watches their gradient, which a rewritten loss does not pass through them.
 _HOOKS = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
@@ -31,8 +30,21 @@ class Trace:
     declines: list[Decline] = field(default_factory=list)  # of losses
     stops: dict[Node, Decline] = field(default_factory=dict)  # nodes at which a view ended
 
+    def needed(self) -> set[Node]:
+        """The views that something reads which is neither a view, a candidate nor the graph's output."""
+        anchors = {c.anchor for c in self.candidates}
+        inside = {n for c in self.candidates for n in c.view.path}
+        found: set[Node] = set()
+        for node in reversed(list(self.views)):
+            for user in node.users:
+                if user in found or (user not in self.views and user not in anchors | inside and user.op != "output"):
+                    found.add(node)
+        return found
+
 
 _LOSSES = {"cross_entropy", "nll_loss"}
+# Whatever a rule says against these is told, too; without a head they are no loss.
+_PARTS = {"gather", "take_along_dim", "logsumexp"}
 
 
 def trace(graph: Graph) -> Trace:
@@ -51,11 +63,17 @@ def trace(graph: Graph) -> Trace:
             found.candidates.append(_grad_cut(outcome))
         elif isinstance(outcome, Decline):
             found.stops[node] = outcome
-            if name in _LOSSES:
+            if name in _LOSSES or (name in _PARTS and _is_head(found, node)):
                 found.declines.append(outcome)
         elif name in _LOSSES:
             found.declines.append(_why_not(found, node))
     return _without_hooked(found)
+
+
+def _is_head(found: Trace, node: Node) -> bool:
+    """Whether a node's input is a view with more classes than hidden dimensions, and so no router or gate."""
+    views = [found.views[n] for n in node.all_input_nodes if n in found.views]
+    return any(isinstance(v.classes, int) and v.classes > v.hidden_size for v in views)
 
 
 def _hashable(name: object) -> bool:
@@ -69,52 +87,24 @@ def _storage(node: Node | None) -> int | None:
     return value.untyped_storage()._cdata
 
 
-def _reads(view: LogitsView) -> Iterable[Node]:
-    """The nodes whose memory a rewritten loss reads at the loss's place, and those that the program computes on."""
-    yield from view.path
-    for operand in (view.hidden, view.weight, view.bias):
-        if operand is None:
-            continue
-        yield operand.node
-        for step in operand.steps:
-            yield from _nodes_in(step.args)
-
-
-def _nodes_in(value: object) -> Iterable[Node]:
-    if isinstance(value, Node):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _nodes_in(item)
-    elif isinstance(value, slice):
-        yield from _nodes_in((value.start, value.stop, value.step))
-
-
 def _end_mutated(found: Trace, node: Node) -> None:
     written = {s for n in mutated_arguments(node) if (s := _storage(n)) is not None}
     if not written:
         return
     for at, view in list(found.views.items()):
-        if any(_storage(n) in written for n in _reads(view)):
+        if any(_storage(n) in written for n in view.reads):
             del found.views[at]
             found.stops[at] = Decline(Reason.MUTATED, node)
 
 
 def _grad_cut(candidate: Candidate) -> Candidate:
     """Where logits were made without gradient (under no_grad, say) of operands that have one, so is the loss."""
-    view, logits = candidate.view, candidate.anchor.args[0] if candidate.anchor.args else None
-    value = value_of(logits) if isinstance(logits, Node) else None
-    operands = [o for o in (view.hidden, view.weight, view.bias) if o is not None]
-    if not isinstance(value, torch.Tensor) or value.requires_grad:
-        return candidate
-    if not any(_requires_grad(o) for o in operands):
+    view = candidate.view
+    values = [value_of(n) for n in view.path[:-1]]
+    tensors = [v for v in values if isinstance(v, torch.Tensor)]
+    if not tensors or tensors[-1].requires_grad or not any(o.requires_grad for o in view.operands):
         return candidate
     return replace(candidate, view=detached(view))
-
-
-def _requires_grad(operand: Operand) -> bool:
-    value = value_of(operand.node)
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _why_not(found: Trace, loss: Node) -> Decline:

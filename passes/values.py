@@ -8,12 +8,13 @@ arithmetic gets a `LogitsView`: what the node equals, in terms of hidden, weight
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..functional import LossSpec
 from ..kernels.spec import Epilogue
@@ -35,6 +36,7 @@ class Reason(enum.Enum):
     SUBCLASS = "hidden or weight is not a plain dense tensor"
     SMALL = "the logits are too small to be worth it"
     NO_META = "the shapes in the graph are not known; pass example inputs"
+    USED = "the logits are needed for something else as well, so leaving them out of this saves nothing"
     OPTION = "an argument of the loss is not a constant, or has a value that the loss itself would refuse"
     INTERNAL = "the rewritten loss would differ in shape or dtype; please report this"
 
@@ -55,7 +57,7 @@ class Decline:
 
 @dataclass(frozen=True)
 class Step:
-    """One operation to replay on hidden, weight or bias: `apply(x, *args)`; args may hold graph nodes."""
+    """One operation to replay on hidden, weight or bias: `apply(x, *args)`; args may hold graph nodes and operands."""
 
     name: str
     apply: Callable[..., Any]
@@ -69,17 +71,60 @@ class Operand:
     node: Node
     steps: tuple[Step, ...] = ()
 
+    @property
+    def nodes(self) -> Iterator[Node]:
+        """Every node that the operand reads."""
+        yield self.node
+        for step in self.steps:
+            yield from _nodes_in(step.args)
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether a gradient flows to any node that it reads."""
+        if any(step.name == "detach" for step in self.steps):
+            return False
+        inner = [a for step in self.steps for a in step.args if isinstance(a, Operand)]
+        value = value_of(self.node)
+        return bool(getattr(value, "requires_grad", False)) or any(a.requires_grad for a in inner)
+
     def then(self, name: str, apply: Callable[..., Any], *args: Any) -> Operand:
         return replace(self, steps=(*self.steps, Step(name, apply, args)))
+
+
+def _nodes_in(value: object) -> Iterator[Node]:
+    if isinstance(value, Node):
+        yield value
+    elif isinstance(value, Operand):
+        yield from value.nodes
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _nodes_in(item)
+    elif isinstance(value, slice):
+        yield from _nodes_in((value.start, value.stop, value.step))
+
+
+class Form(enum.Enum):
+    """What a node's value is, where z are the logits of a view."""
+
+    LOGITS = "z"
+    SHIFTED = "z - shift"  # shift is one number a row
+    LOG_SOFTMAX = "log_softmax(z)"
+    SOFTMAX = "softmax(z)"
+    EXP = "exp(z - shift)"
+    PICKED = "one_hot(picked) times another form"
+
+
+def _between(x: Any, start: int, stop: int) -> Any:
+    return x[start:stop]
 
 
 @dataclass(frozen=True)
 class LogitsView:
     """A node's value as a function of a head.
 
-    Laid out with the class dimension last and the rest flattened, the value is
-    `epilogue(hidden.flatten(0, -2) @ weight.T + bias)`, or its log-softmax where `log` is set. The replayed hidden has
-    the shape of the value, with D in place of V at `class_dim`.
+    Laid out with the class dimension last and the rest flattened, the value is the `form` of the logits
+    `epilogue(hidden.flatten(0, -2) @ weight.T + bias)`. The replayed hidden has the shape of the value, with D in place of
+    V at `class_dim`.
     """
 
     linear: Node
@@ -91,12 +136,33 @@ class LogitsView:
     class_dim: int
     shape: tuple[Any, ...]
     epilogue: Epilogue = field(default_factory=Epilogue)
-    log: bool = False
+    form: Form = Form.LOGITS
+    shift: Node | None = None  # of SHIFTED and EXP: the value's shape, with 1 at `class_dim`; None is 0
+    picked: Node | None = None  # of PICKED: the classes, the value's shape without `class_dim`
+    picked_from: Form | None = None  # of PICKED: what the one-hot is multiplied by
     path: tuple[Node, ...] = ()  # nodes from the linear to this one, both included
 
     @property
     def classes(self) -> Any:
         return self.shape[self.class_dim]
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        return tuple(o for o in (self.hidden, self.weight, self.bias) if o is not None)
+
+    @property
+    def reads(self) -> Iterator[Node]:
+        """The nodes whose memory a rewritten loss reads at the loss's place, and those that the program computes on."""
+        yield from self.path
+        for operand in self.operands:
+            yield from operand.nodes
+        yield from (n for n in (self.shift, self.picked) if n is not None)
+
+    def cut(self, node: Node, start: int, stop: int) -> LogitsView:
+        """This view of the classes start..stop alone."""
+        bias = None if self.bias is None else self.bias.then("cut", _between, start, stop)
+        weight = self.weight.then("cut", _between, start, stop)
+        return replace(self, weight=weight, bias=bias, shape=tuple(value_of(node).shape))
 
     def rows(self, node: Node, name: str, apply: Callable[..., Any], *args: Any, class_dim: int) -> LogitsView:
         """This view after an operation that moves rows about and leaves each row's classes alone."""
@@ -111,17 +177,32 @@ class LogitsView:
         return replace(self, path=(*self.path, node), **changes)
 
 
+class Result(enum.Enum):
+    """What an anchor returns; all but LOSS are one number a row."""
+
+    LOSS = "the loss of a LossSpec"
+    LOG_PROB = "log_softmax(z) at the target"
+    PROB = "softmax(z) at the target"
+    LOGIT = "z at the target, less shift"
+    LOG_SUM_EXP = "log sum exp z, less shift"
+    SUM_EXP = "sum exp(z - shift)"
+    MAX = "max z, less shift"
+    SUM_LOG = "sum log_softmax(z)"
+    MEAN_LOG = "mean log_softmax(z)"
+
+
 @dataclass(frozen=True)
 class Candidate:
-    """A loss found on a view, before any decision."""
+    """A loss, or a statistic that losses are made of, found on a view, before any decision."""
 
     anchor: Node
     view: LogitsView
-    target: Operand  # flattened by the rewriter in the order of the view's rows
+    target: Node | None  # flattened by the rewriter in the order of the view's rows; None where the result has none
     class_weight: Node | None
     loss: LossSpec  # epilogue included
-    # What the anchor returns: "loss", or per-token "log_prob" in `shape`.
-    result: str = "loss"
+    result: Result = Result.LOSS
+    keepdim: bool = False  # whether the result keeps the class dimension, of size 1
+    total: bool = False  # whether the result is the sum over all rows
 
 
 @dataclass(frozen=True)
@@ -140,6 +221,13 @@ def value_of(node: Any) -> Any:
         return node
     value = node.meta.get("example_value")
     return node.meta.get("val") if value is None else value
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for certain, without a guard."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a == b
+    return bool(statically_known_true(a == b))
 
 
 def source_line(node: Node) -> str:

@@ -9,14 +9,17 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..registry import Call, Outcome, is_constant, rule
-from ..values import LogitsView, Operand, Reason, value_of
+from ..canonical import canonical
+from ..registry import WHOLE, Call, Outcome, is_constant, rule
+from ..values import Form, LogitsView, Operand, Reason, same, value_of
+from .heads import low_rank
+from .pick import one_hot_target
 
 
 @rule("float", "double", "half", "bfloat16", "to", "type", "type_as")
 def cast(call: Call) -> Outcome:
     """A cast to a floating dtype on the same device is rounding; the kernel's statistics are float32 or better."""
-    view, result, given = call.view(), call.result, call.value(0, "self")
+    view, result, given = call.view(forms=(*WHOLE, Form.SHIFTED, Form.EXP)), call.result, call.value(0, "self")
     if view is None or not isinstance(result, torch.Tensor):
         return None
     if not result.dtype.is_floating_point or result.device != given.device:
@@ -54,8 +57,8 @@ def detached(view: LogitsView) -> LogitsView:
 
 
 def _scaled(call: Call, view: LogitsView, factor: float) -> Outcome:
-    if view.log:
-        return call.decline(Reason.NO_RULE, "log-probabilities are scaled before the loss")
+    if view.form is not Form.LOGITS:
+        return call.decline(Reason.NO_RULE, "probabilities are scaled before the loss")
     if factor == 0 or not math.isfinite(factor):
         return call.decline(Reason.OPTION, f"logits are scaled by {factor}")
     e = view.epilogue
@@ -67,10 +70,19 @@ def _scaled(call: Call, view: LogitsView, factor: float) -> Outcome:
 @rule("mul")
 def mul(call: Call) -> Outcome:
     for at in (0, 1):
-        view, factor = call.view(at, ("input", "other")[at]), call.arg(1 - at, ("other", "input")[at])
+        name = ("input", "other")[at]
+        factor = call.arg(1 - at, ("other", "input")[at])
+        view = call.view(at, name, forms=(*WHOLE, Form.SHIFTED))
+        target = one_hot_target(factor)
+        if view is not None and target is not None and view.class_dim == len(view.shape) - 1:
+            if len(value_of(factor).shape) == len(view.shape) and all(map(same, value_of(factor).shape, view.shape)):
+                return view.at(call.node, form=Form.PICKED, picked=target, picked_from=view.form)
+        view = call.view(at, name)
         if view is not None and is_constant(factor):
             return _scaled(call, view, float(factor))
-    return _no_rule(call, "logits are multiplied by a tensor")
+        if view is not None and _is_row_factor(view, factor):
+            return _row_scaled(call, view, factor, torch.mul)
+    return _no_rule(call, "logits are multiplied by a tensor with an entry for each class")
 
 
 @rule("div")
@@ -78,7 +90,27 @@ def div(call: Call) -> Outcome:
     view, divisor = call.view(), call.arg(1, "other")
     if view is not None and is_constant(divisor) and divisor != 0 and call.node.kwargs.get("rounding_mode") is None:
         return _scaled(call, view, 1.0 / float(divisor))
-    return _no_rule(call, "logits are divided by a tensor")
+    if view is not None and _is_row_factor(view, divisor) and call.node.kwargs.get("rounding_mode") is None:
+        return _row_scaled(call, view, divisor, torch.div)
+    return _no_rule(call, "logits are divided by a tensor with an entry for each class")
+
+
+def _is_row_factor(view: LogitsView, other: Any) -> bool:
+    """Whether a tensor has one number for each row, or one in all, and multiplies plain products."""
+    value = value_of(other)
+    if not isinstance(other, Node) or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
+        return False
+    plain = view.form is Form.LOGITS and view.bias is None and view.epilogue.softcap is None
+    from_right = len(view.shape) - view.class_dim
+    fits = value.dim() <= len(view.shape) and (value.dim() < from_right or same(value.shape[-from_right], 1))
+    return plain and fits and torch.promote_types(value.dtype, view.dtype) == view.dtype
+
+
+def _row_scaled(call: Call, view: LogitsView, factor: Node, apply: Any) -> Outcome:
+    """A factor for each row (a temperature, say) goes onto hidden: (h / t) W^T = (h W^T) / t."""
+    if tuple(call.result.shape) != tuple(value_of(view.path[-1]).shape):
+        return call.decline(Reason.NO_RULE, "logits are broadcast")
+    return view.rows(call.node, apply.__name__, apply, factor, class_dim=view.class_dim)
 
 
 def _no_rule(call: Call, detail: str) -> Outcome:
@@ -93,7 +125,7 @@ def tanh(call: Call) -> Outcome:
     view = call.view()
     if view is None:
         return None
-    if view.log or view.epilogue.softcap is not None:
+    if view.form is not Form.LOGITS or view.epilogue.softcap is not None:
         return call.decline(Reason.NO_RULE, "a second tanh")
     return view.at(call.node, epilogue=replace(view.epilogue, softcap=1.0))
 
@@ -107,16 +139,47 @@ def add(call: Call) -> Outcome:
             continue
         if call.node.kwargs.get("alpha", 1) != 1:
             return call.decline(Reason.NO_RULE, "an addition with alpha")
-        plain = view.epilogue.scale == 1.0 and view.epilogue.softcap is None and view.bias is None and not view.log
-        if plain and _is_class_bias(view, other):
-            return view.at(call.node, bias=Operand(other).then("flatten", torch.flatten))
+        second = call.view(1 - at, ("other", "input")[at])
+        if second is not None:
+            return low_rank(call, view, second) or call.decline(Reason.NO_RULE, "two heads are added")
+        if view.form is Form.LOGITS and view.epilogue.softcap is None and _is_class_bias(view, other):
+            return view.at(call.node, bias=_with_bias(view, Operand(other).then("flatten", torch.flatten)))
         return call.decline(Reason.NO_RULE, "something other than a plain bias is added to the logits")
     return None
 
 
-def _is_class_bias(view: LogitsView, other: Any) -> bool:
+def _with_bias(view: LogitsView, added: Operand) -> Operand:
+    """The bias after `added` is added to scaled logits: scale (x + b) + a = scale (x + b + a / scale)."""
+    scale = view.epilogue.scale * view.epilogue.post_scale
+    if scale != 1.0:
+        added = added.then("div", torch.div, scale)
+    return added if view.bias is None else added.then("add", torch.add, view.bias)
+
+
+@rule("masked_fill")
+def masked_fill(call: Call) -> Outcome:
+    """logits.masked_fill(mask (V,), -inf), for classes that do not exist: a bias of -inf, which has no gradient either."""
+    view, mask, value = call.view(), call.arg(1, "mask"), call.value(2, "value")
+    if view is None:
+        return None
+    if isinstance(value, torch.Tensor) or value != -math.inf:
+        return call.decline(Reason.NO_RULE, "logits are replaced by a finite value")
+    if view.form is not Form.LOGITS or view.epilogue.softcap is not None or not _is_class_bias(view, mask, torch.bool):
+        return call.decline(Reason.NO_RULE, "a mask that differs from row to row")
+    dtype = view.dtype
+    fill = Operand(mask).then("flatten", torch.flatten).then("mask_to_bias", _mask_to_bias, dtype)
+    if view.epilogue.scale * view.epilogue.post_scale < 0:
+        return call.decline(Reason.NO_RULE, "a mask after a negative scale")
+    return view.at(call.node, bias=_with_bias(view, fill))
+
+
+def _mask_to_bias(mask: Any, dtype: torch.dtype) -> Any:
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask, -math.inf)
+
+
+def _is_class_bias(view: LogitsView, other: Any, dtype: torch.dtype | None = None) -> bool:
     value = value_of(other)
-    if not isinstance(other, Node) or not isinstance(value, torch.Tensor) or value.dtype != view.dtype:
+    if not isinstance(other, Node) or not isinstance(value, torch.Tensor) or value.dtype != (dtype or view.dtype):
         return False
     # Aligned from the right, as broadcasting aligns: only the class dimension may be longer than one.
     from_right = len(view.shape) - view.class_dim
@@ -128,9 +191,51 @@ def _is_class_bias(view: LogitsView, other: Any) -> bool:
 
 @rule("log_softmax")
 def log_softmax(call: Call) -> Outcome:
-    view, dim = call.view(), call.arg(1, "dim")
+    return _normalised(call, Form.LOG_SOFTMAX)
+
+
+@rule("softmax")
+def softmax(call: Call) -> Outcome:
+    return _normalised(call, Form.SOFTMAX)
+
+
+def _normalised(call: Call, form: Form) -> Outcome:
+    """A shift of each row changes neither; a log-softmax is its own log-softmax."""
+    view, dim = call.view(forms=(Form.LOGITS, Form.SHIFTED, Form.LOG_SOFTMAX)), call.arg(1, "dim")
     if view is None:
         return None
     if not isinstance(dim, int) or dim % len(view.shape) != view.class_dim:
-        return call.decline(Reason.CLASS_DIM, f"log_softmax over dim {dim} of {len(view.shape)}")
-    return view.at(call.node, log=True)
+        return call.decline(Reason.CLASS_DIM, f"{canonical(call.node)} over dim {dim} of {len(view.shape)}")
+    return view.at(call.node, form=form, shift=None)
+
+
+@rule("log")
+def log(call: Call) -> Outcome:
+    view = call.view(forms=(Form.SOFTMAX,))
+    return view and view.at(call.node, form=Form.LOG_SOFTMAX)
+
+
+@rule("exp")
+def exp(call: Call) -> Outcome:
+    view = call.view(forms=(Form.LOGITS, Form.SHIFTED, Form.LOG_SOFTMAX))
+    if view is None:
+        return None
+    return view.at(call.node, form=Form.SOFTMAX if view.form is Form.LOG_SOFTMAX else Form.EXP)
+
+
+@rule("sub")
+def sub(call: Call) -> Outcome:
+    """logits less one number a row: their largest, or their logsumexp."""
+    view, shift = call.view(forms=(Form.LOGITS,)), call.arg(1, "other")
+    if view is None:
+        return _no_rule(call, "something is subtracted from logits, or they from it")
+    value = value_of(shift)
+    wanted = [1 if d == view.class_dim else size for d, size in enumerate(view.shape)]
+    plain = isinstance(shift, Node) and isinstance(value, torch.Tensor) and call.node.kwargs.get("alpha", 1) == 1
+    if not plain or len(value.shape) != len(wanted) or not all(map(same, value.shape, wanted)):
+        return call.decline(
+            Reason.NO_RULE, "something other than one number for each row is subtracted from the logits"
+        )
+    if torch.promote_types(value.dtype, value_of(view.path[-1]).dtype) != value_of(view.path[-1]).dtype:
+        return call.decline(Reason.NO_RULE, f"{value.dtype} is subtracted from the logits")
+    return view.at(call.node, form=Form.SHIFTED, shift=shift)

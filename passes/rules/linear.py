@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ def _plain(*nodes: Any, dims: tuple[int | None, ...]) -> bool:
     return True
 
 
-def _head(call: Call, hidden: Node, weight: Operand, bias: Node | None, class_dim: int = -1) -> LogitsView | None:
+def _head(
+    call: Call, hidden: Node, weight: Operand, bias: Node | None, class_dim: int = -1, size: Any = None
+) -> LogitsView | None:
+    """A view that begins here; `size` is D, by default the last of hidden's sizes."""
     result = call.result
     if not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
         return None
-    size = value_of(hidden).shape[-1]
+    size = value_of(hidden).shape[-1] if size is None else size
     if not isinstance(size, int) or not isinstance(result.shape[class_dim], int):
         return None
     return LogitsView(
@@ -92,3 +96,82 @@ def addmm(call: Call) -> Outcome:
     if value_of(bias).shape[0] != value_of(weight).shape[1]:
         return None
     return _head(call, hidden, transposed(weight), bias)
+
+
+@rule("bmm")
+def bmm(call: Call) -> Outcome:
+    """hidden (1, N, D) @ weight (1, D, V): one batch, as exported graphs write it."""
+    hidden, weight = call.arg(0, "input"), call.arg(1, "mat2")
+    if not _plain(hidden, weight, dims=(3, 3)) or value_of(hidden).shape[0] != 1:
+        return None
+    return _head(call, hidden, Operand(weight).then("one", torch.select, 0, 0).then("t", torch.t), None)
+
+
+@rule("einsum")
+def einsum(call: Call) -> Outcome:
+    """Of a hidden state and a weight that share one letter, with the rows in hidden's order: "btd,vd->btv"."""
+    equation = call.node.args[0] if call.node.args else None
+    operands = call.node.args[1] if len(call.node.args) == 2 else call.node.args[1:]
+    if not isinstance(equation, str) or not isinstance(operands, (tuple, list)) or len(operands) != 2:
+        return None
+    sides = equation.replace(" ", "").split("->")
+    terms = sides[0].split(",")
+    if len(sides) != 2 or len(terms) != 2 or not sides[1].isalpha() or not all(t.isalpha() for t in terms):
+        return None
+    for (rows, per_class), (hidden, weight) in ((terms, operands), (terms[::-1], operands[::-1])):
+        found = _einsum(call, rows, per_class, sides[1], hidden, weight)
+        if found is not None:
+            return found
+    return None
+
+
+def _einsum(call: Call, rows: str, per_class: str, out: str, hidden: Any, weight: Any) -> LogitsView | None:
+    shared = set(rows) & set(per_class)
+    if len(per_class) != 2 or len(shared) != 1 or not _plain(hidden, weight, dims=(len(rows), 2)):
+        return None
+    (d,) = shared
+    v = per_class.replace(d, "")
+    if out.replace(v, "") != rows.replace(d, "") or len(set(rows)) != len(rows) or v not in out:
+        return None
+    operand = Operand(weight) if per_class == v + d else transposed(weight)
+    return _moved_head(call, hidden, rows.index(d), operand, None, out.index(v))
+
+
+def _moved_head(
+    call: Call, hidden: Node, hidden_dim: int, weight: Operand, bias: Node | None, class_dim: int
+) -> LogitsView | None:
+    """A head on a hidden state whose D is at `hidden_dim`, with V at `class_dim` of the result."""
+    size = value_of(hidden).shape[hidden_dim]
+    view = _head(call, hidden, weight, bias, class_dim, size)
+    if view is None or hidden_dim == class_dim:
+        return view
+    return replace(view, hidden=view.hidden.then("movedim", torch.movedim, hidden_dim, class_dim))
+
+
+@rule("tensordot")
+def tensordot(call: Call) -> Outcome:
+    """hidden (..., D) with weight over one dimension of each, hidden's the last."""
+    hidden, weight, dims = call.arg(0, "a"), call.arg(1, "b"), call.arg(2, "dims", 2)
+    if not _plain(hidden, weight, dims=(None, 2)):
+        return None
+    if dims == 1:
+        dims = ([-1], [0])
+    if not isinstance(dims, (tuple, list)) or len(dims) != 2 or not all(isinstance(d, (tuple, list)) for d in dims):
+        return None
+    (first, second), rank = dims, value_of(hidden).dim()
+    if len(first) != 1 or len(second) != 1 or first[0] % rank != rank - 1:
+        return None
+    return _head(call, hidden, Operand(weight) if second[0] % 2 == 1 else transposed(weight), None)
+
+
+@rule("conv1d")
+def conv1d(call: Call) -> Outcome:
+    """hidden (B, D, T) under a kernel (V, D, 1) of size 1: (B, V, T)."""
+    hidden, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
+    if not _plain(hidden, weight, dims=(3, 3)) or (bias is not None and not _plain(bias, dims=(1,))):
+        return None
+    rest = [(3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1)]
+    stride, padding, _, groups = (a[0] if isinstance(a, (tuple, list)) else a for a in (call.arg(*r) for r in rest))
+    if value_of(weight).shape[2] != 1 or (stride, padding, groups) != (1, 0, 1):
+        return None
+    return _moved_head(call, hidden, 1, Operand(weight).then("kernel", torch.select, 2, 0), bias, 1)

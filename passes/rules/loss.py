@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch.fx import Node
 
 from ...functional import LossSpec
 from ..registry import Call, Outcome, rule
-from ..values import Candidate, LogitsView, Operand, Reason, value_of
+from ..values import Candidate, Form, LogitsView, Reason, value_of
 
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum", "none": "none", "mean": "mean", "sum": "sum"}
 
@@ -25,11 +26,10 @@ def _legacy_reduction(size_average: Any, reduce: Any) -> str:
 def cross_entropy(call: Call) -> Outcome:
     """F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing), or
     aten.cross_entropy_loss(self, target, weight, reduction, ignore_index, label_smoothing)."""
-    view = call.view()
+    # A shift of each row and a log-softmax are both undone by the log-softmax in the loss.
+    view = call.view(forms=(Form.LOGITS, Form.SHIFTED, Form.LOG_SOFTMAX))
     if view is None:
         return None
-    if view.log:
-        return call.decline(Reason.NO_RULE, "log-probabilities are given to cross_entropy")
     if isinstance(call.node.target, torch._ops.OpOverload):
         options = [(3, "reduction", 1), (4, "ignore_index", -100), (5, "label_smoothing", 0.0)]
         return _loss(call, view, *(call.arg(*o) for o in options))
@@ -44,12 +44,27 @@ def nll_loss(call: Call) -> Outcome:
     view = call.view()
     if view is None:
         return None
-    if not view.log:
+    if view.form is not Form.LOG_SOFTMAX:
         return call.decline(Reason.NO_RULE, "nll_loss of logits that were not normalised")
     if isinstance(call.node.target, torch._ops.OpOverload):
         return _loss(call, view, call.arg(3, "reduction", 1), call.arg(4, "ignore_index", -100), 0.0)
     reduction, ignore_index = call.arg(6, "reduction", "mean"), call.arg(4, "ignore_index", -100)
     return _loss(call, view, _reduction(call, reduction), ignore_index, 0.0)
+
+
+def nll_of_pair(call: Call) -> Outcome:
+    """The loss of aten.nll_loss_forward(self, target, weight, reduction, ignore_index), which also returns a weight."""
+    pair, which = call.arg(0, "self"), call.arg(1, "key")
+    inner = Call(pair, call.values)
+    view = inner.view(forms=(Form.LOG_SOFTMAX,))
+    if view is None or which != 0:
+        return None
+    if any(u is not call.node and u.users for u in pair.users):
+        return call.decline(Reason.NO_RULE, "the total weight of nll_loss_forward is used")
+    found = _loss(inner, view.at(pair), inner.arg(3, "reduction", 1), inner.arg(4, "ignore_index", -100), 0.0)
+    if not isinstance(found, Candidate):
+        return found
+    return replace(found, anchor=call.node, view=found.view.at(call.node))
 
 
 def _reduction(call: Call, reduction: Any) -> Any:
@@ -74,7 +89,7 @@ def _loss(call: Call, view: LogitsView, reduction: Any, ignore_index: Any, smoot
     if class_weight is not None and value_of(class_weight).requires_grad:
         return call.decline(Reason.CLASS_WEIGHT_GRAD)
     loss = LossSpec(_REDUCTIONS[reduction], ignore_index, float(smoothing), view.epilogue)  # type: ignore[arg-type]
-    return Candidate(call.node, view.at(call.node), Operand(target), class_weight, loss)
+    return Candidate(call.node, view.at(call.node), target, class_weight, loss)
 
 
 def _target_refusal(call: Call, view: LogitsView, target: Any) -> Outcome:

@@ -6,11 +6,45 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..canonical import canonical
-from ..registry import Call, Outcome, rule
-from ..values import LogitsView, Reason, value_of
+from ..registry import WHOLE, Call, Outcome, rule
+from ..values import Form, LogitsView, Reason, same, value_of
+from .loss import nll_of_pair
+from .pick import max_values, picked_by_index
+
+
+def _piece(call: Call) -> Outcome:
+    """One of the tensors that split, chunk or unbind make of logits."""
+    pieces, which = call.arg(0, "self"), call.arg(1, "key")
+    inner = Call(pieces, call.values)
+    view, parts, name = inner.view(), value_of(pieces), canonical(pieces)
+    if view is None or not isinstance(which, int):
+        return None
+    dim = inner.arg(1, "dim", 0) if name == "unbind" else inner.arg(2, "dim", 0)
+    dim, view = dim % len(view.shape), view.at(pieces)
+    if name == "unbind":
+        if dim == view.class_dim:
+            return call.decline(Reason.CLASS_MIXED, "the vocabulary is unbound")
+        return view.rows(
+            call.node, "select", torch.select, dim, which, class_dim=view.class_dim - (dim < view.class_dim)
+        )
+    sizes = [p.shape[dim] for p in parts]
+    if not all(isinstance(size, int) for size in sizes):
+        return call.decline(Reason.NO_RULE, "pieces of unknown size")
+    start = sum(sizes[: which % len(sizes)])
+    if dim == view.class_dim:
+        return _cut(call, view, slice(start, start + sizes[which]))
+    return view.rows(call.node, "narrow", torch.narrow, dim, start, sizes[which], class_dim=view.class_dim)
+
+
+# Operations that return several tensors, and what taking one of them is.
+_PAIRS = {
+    "max": max_values,
+    "nll_loss_forward": nll_of_pair,
+    "nll_loss2d_forward": nll_of_pair,
+    **dict.fromkeys(("split", "chunk", "tensor_split", "split_with_sizes", "unbind"), _piece),
+}
 
 
 def _product(sizes: Any) -> Any:
@@ -18,13 +52,6 @@ def _product(sizes: Any) -> Any:
     for size in sizes:
         total = total * size
     return total
-
-
-def same(a: Any, b: Any) -> bool:
-    """Whether two sizes are equal for certain, without a guard."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return bool(statically_known_true(a == b))
 
 
 def _class_dim_after(view: LogitsView, shape: tuple[Any, ...]) -> int | None:
@@ -150,7 +177,7 @@ def narrow(call: Call) -> Outcome:
     dim, start, length = (call.arg(i, n) for i, n in ((1, "dim"), (2, "start"), (3, "length")))
     dim = dim % len(view.shape)
     if dim == view.class_dim:
-        return call.decline(Reason.CLASS_MIXED, "the vocabulary is narrowed")
+        return _cut(call, view, slice(start, start + length) if isinstance(start, int) else None)
     return view.rows(call.node, "narrow", torch.narrow, dim, start, length, class_dim=view.class_dim)
 
 
@@ -187,13 +214,57 @@ def index_select(call: Call) -> Outcome:
     return view.rows(call.node, "index_select", torch.index_select, dim, index, class_dim=view.class_dim)
 
 
-@rule("getitem")
-def getitem(call: Call) -> Outcome:
+@rule("roll")
+def roll(call: Call) -> Outcome:
     view = call.view()
     if view is None:
         return None
-    index = call.arg(1, "key")
-    return _indexed(call, view, index if isinstance(index, tuple) else (index,))
+    shifts, dims = call.arg(1, "shifts"), call.arg(2, "dims", ())
+    dims = dims if isinstance(dims, (tuple, list)) else (dims,)
+    if not dims or any(not isinstance(d, int) or d % len(view.shape) == view.class_dim for d in dims):
+        return call.decline(Reason.CLASS_MIXED, "the vocabulary is rolled")
+    dims = tuple(d % len(view.shape) for d in dims)
+    return view.rows(call.node, "roll", torch.roll, shifts, dims, class_dim=view.class_dim)
+
+
+def _cut(call: Call, view: LogitsView, wanted: slice | None) -> Outcome:
+    """Classes start..stop alone: rows of the weight. Of a softmax it would no longer be one."""
+    numbers = wanted is not None and all(
+        x is None or isinstance(x, int) for x in (wanted.start, wanted.stop, wanted.step)
+    )
+    if not numbers or view.form is not Form.LOGITS or not isinstance(view.classes, int):
+        return call.decline(Reason.CLASS_MIXED, "an index into the vocabulary dimension")
+    start, stop, step = wanted.indices(view.classes)
+    if step != 1 or stop <= start:
+        return call.decline(Reason.CLASS_MIXED, "every other class, or none")
+    return view.cut(call.node, start, stop).at(call.node)
+
+
+@rule("getitem")
+def getitem(call: Call) -> Outcome:
+    source, index = call.arg(0, "self"), call.arg(1, "key")
+    if isinstance(source, Node) and canonical(source) in _PAIRS:
+        return _PAIRS[canonical(source)](call)
+    view = call.view(forms=tuple(Form))
+    if view is None:
+        return None
+    index = index if isinstance(index, tuple) else (index,)
+    found = picked_by_index(call, view, index)
+    if found is not None or view.form not in WHOLE:
+        return found
+    return _indexed(call, view, index)
+
+
+@rule("index")
+def index(call: Call) -> Outcome:
+    """aten.index.Tensor(x, indices)."""
+    view, indices = call.view(forms=tuple(Form)), call.arg(1, "indices")
+    if view is None:
+        return None
+    found = picked_by_index(call, view, tuple(indices))
+    if found is not None or view.form not in WHOLE:
+        return found
+    return _indexed(call, view, tuple(slice(None) if i is None else i for i in indices))
 
 
 def _indexed(call: Call, view: LogitsView, index: tuple[Any, ...]) -> Outcome:
@@ -203,19 +274,27 @@ def _indexed(call: Call, view: LogitsView, index: tuple[Any, ...]) -> Outcome:
         return call.decline(Reason.NO_RULE, "an index that is not understood")
     at, dim, tensors = 0, 0, 0
     class_dim: int | None = None
+    cut: slice | None = None
     replay: list[Any] = []
     for item in full:
         span, made = _consumes(item)
         tensors += isinstance(item, Node) and isinstance(value_of(item), torch.Tensor)
         if at <= view.class_dim < at + span:
-            if not (isinstance(item, slice) and _is_whole(item, view.classes)):
+            if not isinstance(item, slice):
                 return call.decline(Reason.CLASS_MIXED, "an index into the vocabulary dimension")
+            cut = None if _is_whole(item, view.classes) else item
             class_dim, item = dim, slice(None)
         replay.append(item)
         at, dim = at + span, dim + made
     scalars = any(isinstance(i, int) and not isinstance(i, bool) for i in full)
     if class_dim is None or tensors > 1 or (tensors and scalars):
         return call.decline(Reason.NO_RULE, "an index with several tensors")
+    if cut is not None:
+        view = _cut(call, view, cut)
+        if not isinstance(view, LogitsView):
+            return view
+        if all(i == slice(None) for i in replay if not isinstance(i, Node)) and not tensors:
+            return view
     return view.rows(call.node, "index", _index, tuple(replay), class_dim=class_dim)
 
 

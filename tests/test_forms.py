@@ -1,0 +1,36 @@
+"""Every form of `tests/forms.py` is rewritten without logits in any graph, or declined for the reason it names."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import cce_fx
+from cce_fx import Options
+
+from . import forms
+from .forms import FORMS, Form
+from .helpers import compare
+
+
+@pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.family}: {f.name}")
+def test_form(form: Form) -> None:
+    watch = compare(form.function(), forms.tensors())
+    if form.verdict == "lazy":
+        assert watch.largest() < forms.B * (forms.T - 1) * forms.V
+        return
+    report = cce_fx.explain(form.function(), *forms.tensors(), options=Options(min_vocab=0))
+    if form.verdict == "rewritten":
+        assert watch.rewritten >= 1 and not report.declined, report
+        rows, two_weights = forms.B * (forms.T - 1), 2 * forms.V * forms.D
+        allowed = {"one-hot": rows * forms.V * 2}.get(form.name.split()[0], 0)  # the program's own one-hot tensor
+        assert watch.largest() < max(rows * forms.V, allowed, two_weights + 1), watch.largest()
+    else:
+        assert watch.rewritten == 0, report
+        assert {d.reason for d in report.declined} == ({form.verdict} - {"NONE"}), report
+
+
+def test_names_are_told_apart() -> None:
+    names = [(f.family, f.name) for f in FORMS]
+    assert len(set(names)) == len(names) >= 60
+    torch.manual_seed(0)
