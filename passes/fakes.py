@@ -56,26 +56,37 @@ def _fake_state(module: torch.nn.Module, mode: FakeTensorMode) -> dict[str, Any]
 
 
 def ensure(gm: GraphModule, example_inputs: Sequence[Any] | None) -> bool:
-    """Give every node an example value; whether that was possible.
+    """Give every node an example value, all of one fake mode; whether that was possible.
 
     Without example inputs a graph has to bring its values along, as Dynamo's, export's and make_fx's do.
     """
     nodes = [n for n in gm.graph.nodes if n.op != "output"]
-    if all(value_of(n) is not None or n.op == "get_attr" for n in nodes) or example_inputs is None:
+    known = all(value_of(n) is not None or n.op == "get_attr" for n in nodes)
+    modes = {id(v.fake_mode) for n in nodes if isinstance(v := value_of(n), FakeTensor)}
+    if (known and len(modes) <= 1) or (example_inputs is None and not known):
         missing = [n for n in nodes if n.op == "get_attr" and value_of(n) is None]
         propagate(gm, missing, grad=torch.is_grad_enabled())
         return all(value_of(n) is not None or not n.users or not _makes_tensor(n) for n in nodes)
-    mode = detect_fake_mode(list(example_inputs)) or _new_mode()
+    if example_inputs is None:
+        example_inputs = [value_of(n) for n in nodes if n.op == "placeholder"]
+    mode = (detect_fake_mode(list(example_inputs)) if len(modes) <= 1 else None) or _new_mode()
     inputs = iter(example_inputs)
     with mode:
         for node in nodes:
             if node.op == "placeholder":
-                value = next(inputs)
-                fake = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
-                node.meta["example_value"] = mode.from_tensor(value, static_shapes=True) if fake else value
+                node.meta["example_value"] = _as_fake(next(inputs), mode)
             else:
                 node.meta["example_value"] = _evaluate(gm, node, mode)
     return True
+
+
+def _as_fake(value: Any, mode: FakeTensorMode) -> Any:
+    """A value in `mode`; one that is fake in another mode becomes an empty tensor like it."""
+    if isinstance(value, FakeTensor) and value.fake_mode is not mode:
+        made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+        return made.requires_grad_(value.requires_grad)
+    real = isinstance(value, torch.Tensor) and not isinstance(value, FakeTensor)
+    return mode.from_tensor(value, static_shapes=True) if real else value
 
 
 def _makes_tensor(node: Node) -> bool:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch._inductor.custom_graph_pass import CustomGraphPass
+from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
 from . import fakes
 from .decide import Policy, decide
+from .modules import inline_known
 from .registry import rules_text
 from .report import Declined, Report, Rewritten
-from .rewriter import logits_use, rewrite_site
+from .rewriter import erase_unused, logits_use, rewrite_site
 from .trace import Trace, trace
 from .values import Decline, LossSite, Reason, Result
 
@@ -39,6 +42,9 @@ def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
                 declines.append(refused)
         else:
             done.append(site)
+    if done:
+        # Views beside the paths too, such as what a tracer saved for a backward.
+        erase_unused(gm.graph, list(reversed(found.views)))
     outputs = {n for n in gm.graph.nodes if n.op == "output"}
     for site in done:
         report.rewritten.append(Rewritten.of(site, logits_use(site.candidate.view, outputs)))
@@ -46,7 +52,22 @@ def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
     if done:
         gm.graph.lint()
         gm.recompile()
+    for body in _bodies(gm):
+        # A checkpoint runs its body twice: gradients made in the first run would be thrown away.
+        inner, _ = apply(body, replace(policy, strategy="recompute") if policy.strategy == "auto" else policy)
+        report.rewritten += inner.rewritten
+        report.declined += inner.declined
     return report, found
+
+
+def _bodies(gm: GraphModule) -> list[GraphModule]:
+    """The graphs inside higher-order operators: activation checkpoints, `torch.cond`."""
+    found = {}
+    for node in gm.graph.nodes:
+        if isinstance(node.target, HigherOrderOperator):
+            names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
+            found |= {name: gm.get_submodule(name) for name in names if isinstance(getattr(gm, name, None), GraphModule)}
+    return list(found.values())
 
 
 def announce(report: Report) -> None:
@@ -68,6 +89,7 @@ def rewrite(
     Returns:
         The same module, and a report of what was rewritten and declined.
     """
+    inline_known(gm)
     if not fakes.ensure(gm, example_inputs):
         log.info("the graph carries no shapes; pass example_inputs")
     report, _ = apply(gm, policy or Policy())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -160,8 +161,10 @@ def _as_anchor(out: Any, candidate: Candidate, shaped: Any) -> Any:
 
 
 def erase_unused(graph: Graph, nodes: list[Node]) -> None:
-    """Erase those of `nodes`, users before what they use, that nothing reads."""
+    """Erase those of `nodes`, users before what they use, that nothing reads; nor a part of one that is never used."""
     for node in nodes:
+        for part in [u for u in node.users if u.target is operator.getitem and not u.users]:
+            graph.erase_node(part)
         if not node.users and not getattr(node, "_erased", False):
             graph.erase_node(node)
 
