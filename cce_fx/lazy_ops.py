@@ -31,10 +31,25 @@ IS_LEAF = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits 
 # Operations by canonical name that stay lazy: they move rows about, cast, or scale.
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
           "getitem", "narrow", "select", "detach"}  # fmt: skip
-_VALUES = {"contiguous", "to", "float", "double", "half", "bfloat16", "type", "type_as", "mul", "div", "log_softmax"}
+_VALUES = {
+    "contiguous",
+    "to",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+    "type",
+    "type_as",
+    "mul",
+    "div",
+    "log_softmax",
+    "softmax",
+    "log",
+}
 _ROWS = {"index_select"}
 _REDUCTIONS = {"argmax", "max", "topk", "logsumexp", "argmin", "min", "amax"}
-_LOSSES = {"cross_entropy", "nll_loss"}
+_LOSSES = {"cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp"}
+_PIECES = {"split", "chunk", "unbind"}
 BLOCK_BYTES = 16 << 20
 
 
@@ -79,7 +94,11 @@ def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if name in _LOSSES:
         from .lazy_loss import cut_loss
 
-        return cut_loss(lazy, func, args[1:], kwargs)
+        found = cut_loss(lazy, func, args[1:], kwargs)
+        if found is not NotImplemented or name not in _REDUCTIONS:
+            return found
+    if name in _PIECES:
+        return _pieces(lazy, name, args[1:], kwargs)
     if any(isinstance(a, LazyLogits) for a in (*args[1:], *kwargs.values())):
         return NotImplemented
     if name == "getitem" and isinstance(args[1], Tensor):
@@ -116,6 +135,20 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
     return lazy._derive(Op(name, func, tuple(args), tuple(kwargs.items())), made)
 
 
+def _pieces(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """split, chunk and unbind along rows, as slices that stay lazy."""
+    with torch._C.DisableTorchFunctionSubclass():
+        like = torch.empty_strided(lazy.size(), lazy.stride(), dtype=lazy.dtype, device="meta")
+    dim = kwargs.get("dim", args[-1] if len(args) > (name != "unbind") else 0) % like.dim()
+    made = getattr(torch, name)(like, *args, **kwargs)
+    if dim == like.dim() - 1:
+        return NotImplemented
+    if name == "unbind":
+        return tuple(lazy.select(dim, at) for at in range(len(made)))
+    sizes = [piece.size(dim) for piece in made]
+    return tuple(lazy.narrow(dim, sum(sizes[:at]), size) for at, size in enumerate(sizes))
+
+
 def _rows_chosen(lazy: LazyLogits, index: Tensor) -> Any:
     """`lazy[mask]` and `lazy[positions]` where whole rows are chosen; the one look at the mask is eager's own."""
     if index.device != lazy.device or type(index) is not Tensor:
@@ -139,6 +172,11 @@ def _harmless(name: str, lazy: LazyLogits, args: tuple[Any, ...], kwargs: dict[s
     if name == "getitem":
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
         return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index)
+    if name == "log":  # of probabilities; of anything else it would have to look
+        return bool(lazy.ops) and lazy.ops[-1].name == "softmax"
+    if name in ("softmax", "log_softmax"):
+        dim = kwargs.get("dim", args[0] if args else None)
+        return isinstance(dim, int) and kwargs.get("dtype") is None
     if name == "index_select":
         return len(args) == 2 and args[0] in range(lazy.dim() - 1) and args[1].dim() == 1 and not kwargs
     if name == "type_as":

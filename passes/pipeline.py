@@ -66,7 +66,9 @@ def _bodies(gm: GraphModule) -> list[GraphModule]:
     for node in gm.graph.nodes:
         if isinstance(node.target, HigherOrderOperator):
             names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
-            found |= {name: gm.get_submodule(name) for name in names if isinstance(getattr(gm, name, None), GraphModule)}
+            found |= {
+                name: gm.get_submodule(name) for name in names if isinstance(getattr(gm, name, None), GraphModule)
+            }
     return list(found.values())
 
 

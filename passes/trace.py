@@ -119,7 +119,7 @@ def _why_not(found: Trace, loss: Node) -> Decline:
         sources = [n for n in node.all_input_nodes if n in found.views or n in found.stops]
         if any(n in found.views for n in sources):
             return Decline(Reason.NO_RULE, node, f"`{_spelling(node)}`")
-        inputs = [n for n in node.all_input_nodes if isinstance(value_of(n), torch.Tensor)]
+        inputs = [n for n in node.all_input_nodes if isinstance(value_of(n), (torch.Tensor, tuple, list))]
         node = sources[0] if sources else (inputs[0] if inputs else None)
     return Decline(Reason.NO_LINEAR, loss)
 

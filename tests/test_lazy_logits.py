@@ -103,10 +103,17 @@ STAYS = {
     "positions": lambda z: z[torch.tensor([2, -3])],
     "chain": lambda z: (z[:, 1:].float() / 0.7).reshape(-1, V).detach(),
     "log_softmax": lambda z: F.log_softmax(z, dim=-1),
+    "softmax": lambda z: z.softmax(-1),
+    "log of softmax": lambda z: z.softmax(-1).log(),
+    "split": lambda z: z.view(-1, V).split(4, dim=0)[1],
+    "split by sizes": lambda z: torch.split(z, [2, 5], 1)[1],
+    "chunk": lambda z: z.chunk(2, 1)[0],
+    "unbind": lambda z: z.unbind(0)[2],
 }
 READS = {
     "add": lambda z: z + 1,
-    "softmax": lambda z: z.softmax(-1),
+    "exp": lambda z: z.exp(),
+    "split over the vocabulary": lambda z: z.split(V // 2, -1)[0],
     "max": lambda z: z.max(),
     "cat": lambda z: torch.cat([z, z]),
     "stack": lambda z: torch.stack([z, z]),
@@ -284,6 +291,17 @@ LOSSES = {
     "module": lambda z, y: nn.CrossEntropyLoss(ignore_index=-100)(z.flatten(0, 1), y.flatten()),
     "nll": lambda z, y: F.nll_loss(F.log_softmax(z, dim=-1).view(-1, V), y.view(-1)),
     "masked": lambda z, y: F.cross_entropy(z[y != 5], y[y != 5]),
+    "gather": lambda z, y: -z.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None]).mean(),
+    "take_along_dim": lambda z, y: -torch.take_along_dim(F.log_softmax(z, -1), y.clamp(min=0)[..., None], -1).sum(),
+    "softmax, gather": lambda z, y: -z.softmax(-1).gather(2, y.clamp(min=0).unsqueeze(2)).log().mean(),
+    "logsumexp minus gather": lambda z, y: (
+        z.logsumexp(-1) - z.gather(-1, y.clamp(min=0)[..., None]).squeeze(-1)
+    ).mean(),
+    "selective_log_softmax": lambda z, y: (
+        torch.gather(z, -1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        - torch.stack([torch.logsumexp(r, -1) for r in z.unbind(0)])
+    ).mean(),
+    "z-loss": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)) + 1e-3 * z.logsumexp(-1).square().mean(),
     "class weights": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1), weight=torch.linspace(0.5, 2, V)),
 }
 
