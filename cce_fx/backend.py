@@ -41,12 +41,13 @@ def cce(
     ours, rest = split(options)
     fakes.ensure(gm, example_inputs)
     tune = (mode or "").startswith("max-autotune") or bool(rest.get("max_autotune"))
+    before = observe.text_of(gm)
     report, found = apply(gm, replace(ours.policy, tune=tune))
     cut = CutOutputs()
     if ours.logits == "lazy":
         cut = cut_outputs(gm, found, {r.linear for r in report.rewritten}, ours.policy)
         report.note_lazy({output.linear for output in cut.lazy})
-    observe.record(gm, report)
+    observe.record(gm, report, before)
     if ours.strict and report.declined and not report.rewritten:
         raise RuntimeError(f"strict: no loss of this graph was rewritten.\n{report}")
     compiled = _inner(ours, mode, rest)(gm, example_inputs)

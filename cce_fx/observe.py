@@ -6,14 +6,20 @@ from collections.abc import Callable
 
 from torch._dynamo.utils import counters
 from torch._logging import trace_structured
+from torch._logging._internal import trace_log
 from torch.fx import GraphModule
 
 from .passes import Report
 from .passes.pipeline import announce
 
 
-def record(gm: GraphModule, report: Report) -> None:
-    """Count rewrites and declines, and leave the rewritten graph and the report as artifacts for tlparse."""
+def text_of(gm: GraphModule) -> str:
+    """The graph as source, where somebody listens to torch's structured trace (TORCH_TRACE); else nothing, which is free."""
+    return gm.print_readable(print_output=False) if trace_log.handlers else ""
+
+
+def record(gm: GraphModule, report: Report, before: str) -> None:
+    """Count rewrites and declines, and leave the graph before and after and the report as artifacts for tlparse."""
     announce(report)
     counters["cce_fx"]["rewritten"] += len(report.rewritten)
     for declined in report.declined:
@@ -22,7 +28,8 @@ def record(gm: GraphModule, report: Report) -> None:
         return
     for name, payload in (
         ("cce_fx_report", lambda: str(report)),
-        ("cce_fx_graph", lambda: gm.print_readable(print_output=False)),
+        ("cce_fx_graph_before", lambda: before),
+        ("cce_fx_graph_after", lambda: text_of(gm)),
     ):
         _leave(name, payload)
 

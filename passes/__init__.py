@@ -2,11 +2,13 @@
 
 from .decide import Policy
 from .pipeline import CutCrossEntropyPass, rewrite
-from .registry import Call, rule
+from .registry import BEGINNERS, RULES, Call, rule
 from .report import Declined, Report, Rewritten
 from .values import Candidate, Decline, LogitsView, LossSite, Operand, Reason, Step
 
 __all__ = [
+    "BEGINNERS",
+    "RULES",
     "Call",
     "Candidate",
     "CutCrossEntropyPass",

@@ -82,12 +82,14 @@ def canonical(node: Node) -> str | Callable[..., Any] | None:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         if target.namespace != "aten":
-            return target
+            return target.overloadpacket
         name = target._schema.name.split("::")[1]
         return _ALIASES.get(name, name)
     if isinstance(target, torch._ops.HigherOrderOperator):
         return target.name()
     if isinstance(target, torch._ops.OpOverloadPacket):
+        if not target._qualified_op_name.startswith("aten::"):
+            return target
         return _ALIASES.get(target.__name__, target.__name__)
     return canonical_callable(target)
 
@@ -130,6 +132,7 @@ _INPLACE_METHODS = {f"__{name}__" for name in _INPLACE}
 _INPLACE_OPERATORS = {getattr(operator, name) for name in _INPLACE}
 
 
+@functools.cache
 def is_inplace_name(method: str) -> bool:
     """Whether a Tensor method of that name writes to its tensor."""
     named = method.endswith("_") and not method.endswith("__") and method not in _HARMLESS

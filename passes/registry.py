@@ -8,8 +8,9 @@ canonical name, or under a callable of your own:
         view = call.view()
         return view and view.at(call.node)
 
-It is called for every node of that operation, whatever its arguments are. It returns what the node equals, a loss it
-found, a reason why a view ends here, or None where the node has nothing to do with a head.
+It is called for every node of that operation that reads a view, with `begins=True` for every other one as well: a linear
+layer's rule. It returns what the node equals, a loss it found, a reason why a view ends here, or None where the node has
+nothing to do with a head.
 """
 
 from __future__ import annotations
@@ -27,18 +28,25 @@ from .values import Candidate, Decline, Form, LogitsView, Reason, value_of
 Outcome = LogitsView | Candidate | Decline | None
 Rule = Callable[["Call"], Outcome]
 RULES: dict[Any, Rule] = {}
+BEGINNERS: set[Any] = set()  # operations whose rules need no view
 # Forms that hold nothing but rows of classes, so that rows can be moved about; the others carry a shift or a target along.
 WHOLE = (Form.LOGITS, Form.LOG_SOFTMAX, Form.SOFTMAX)
 
 
-def rule(*operations: str | Callable[..., Any]) -> Callable[[Rule], Rule]:
-    """Register a rule for operations, given by canonical name or as the callable that stands in the graph."""
+def rule(*operations: str | Callable[..., Any], begins: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for operations, given by canonical name or as the callable that stands in the graph.
+
+    Raises ValueError for an operation that has one. `begins` says that the rule can begin a view.
+    """
 
     def register(function: Rule) -> Rule:
         for operation in operations:
+            if isinstance(operation, torch._ops.OpOverload):
+                operation = operation.overloadpacket  # an operator's overloads share its rule
             if operation in RULES:
                 raise ValueError(f"{operation!r} has a rule already: {RULES[operation].__qualname__}")
             RULES[operation] = function
+            BEGINNERS.update([operation] if begins else [])
         return function
 
     return register

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ class Rewritten:
     linear: str
     source: str
     path: tuple[str, ...]  # operations passed through, from the linear to the loss
+    sources: tuple[str, ...]  # where each of them stands in the program
     strategy: str  # "grads_in_forward" or "recompute"
     bytes_saved: int | None  # at the example shapes; None where they are symbolic
     bytes_saved_expr: str  # in N rows, D hidden size, V classes
@@ -29,6 +31,7 @@ class Rewritten:
             linear=view.linear.name,
             source=source_line(site.candidate.anchor),
             path=tuple(node.name for node in view.path),
+            sources=tuple(source_line(node) for node in view.path),
             strategy="recompute" if site.needs is None else "grads_in_forward",
             bytes_saved=site.saved_value,
             bytes_saved_expr=str(site.saved_bytes),
@@ -37,9 +40,11 @@ class Rewritten:
 
     def __str__(self) -> str:
         saved = self.bytes_saved_expr + " bytes" if self.bytes_saved is None else human_bytes(self.bytes_saved)
-        path = " <- ".join(reversed(self.path))
-        where = f"\n      at {self.source}" if self.source else ""
-        return f"rewritten: {path}\n      saves {saved}, {self.strategy}, logits {self.logits}{where}"
+        steps = list(zip(reversed(self.path), reversed(self.sources), strict=True))
+        width = max(len(name) for name in self.path) + 6
+        tree = [f"      {'<- ' if at else ''}{name}".ljust(width + 6) + where for at, (name, where) in enumerate(steps)]
+        lines = [f"rewritten: saves {saved}, {self.strategy}, logits {self.logits}", *(line.rstrip() for line in tree)]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -50,13 +55,14 @@ class Declined:
     reason: str  # name of the Reason
     message: str
     source: str
+    advice: str  # what to change
 
     @classmethod
     def of(cls, decline: Decline) -> Declined:
-        return cls(decline.node.name, decline.reason.name, str(decline), source_line(decline.node))
+        return cls(decline.node.name, decline.reason.name, str(decline), source_line(decline.node), decline.advice)
 
     def __str__(self) -> str:
-        return f"declined: {self.message}"
+        return f"declined: {self.message}\n      to change that: {self.advice}"
 
 
 @dataclass
@@ -97,6 +103,10 @@ class Report:
         return "\n".join([head, *(f"  {line}" for line in (*self.rewritten, *self.declined))])
 
     __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return f"<pre>{html.escape(str(self))}</pre>"
 
 
 def human_bytes(count: int) -> str:

@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from . import rules as rules  # registers them
 from .canonical import canonical, mutated_arguments
-from .registry import RULES, Call
+from .registry import BEGINNERS, RULES, Call
 from .rules.elementwise import detached
 from .values import Candidate, Decline, LogitsView, Reason, value_of
 
@@ -56,7 +56,9 @@ def trace(graph: Graph) -> Trace:
         _end_mutated(found, node)
         name = canonical(node)
         rule = RULES.get(name) if _hashable(name) else None
-        outcome = rule(Call(node, found.views)) if rule is not None else None
+        outcome = None
+        if rule is not None and (name in BEGINNERS or any(n in found.views for n in node.all_input_nodes)):
+            outcome = rule(Call(node, found.views))
         if isinstance(outcome, LogitsView):
             found.views[node] = outcome
         elif isinstance(outcome, Candidate):

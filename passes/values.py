@@ -41,6 +41,26 @@ class Reason(enum.Enum):
     INTERNAL = "the rewritten loss would differ in shape or dtype; please report this"
 
 
+ADVICE = {
+    Reason.NO_LINEAR: "compute the logits with F.linear, matmul or einsum in the same graph as the loss; see docs/patterns.md",
+    Reason.NO_RULE: "move the operation onto hidden or after the loss, or give it a rule with cce_fx.passes.rule",
+    Reason.CLASS_DIM: "give the loss the vocabulary as its class dimension: (N, V) or (B, V, T)",
+    Reason.CLASS_MIXED: "keep the vocabulary whole up to the loss, or take a leading slice of it",
+    Reason.PROBABILITIES: "pass class indices where you can, with label_smoothing for uniform noise",
+    Reason.TARGET: "pass one int64 class index for each row",
+    Reason.CLASS_WEIGHT_GRAD: "detach the class weights",
+    Reason.MUTATED: "write to a copy, or after the loss",
+    Reason.HOOK: "hook hidden instead: the logits have no gradient when they are never made",
+    Reason.DTYPE: "cast hidden and weight to a floating dtype of 16, 32 or 64 bits",
+    Reason.SUBCLASS: "nothing to do: such heads run as they were",
+    Reason.SMALL: "nothing to do; options={'min_vocab': 0} cuts it all the same",
+    Reason.NO_META: "pass example_inputs",
+    Reason.USED: "drop the other use, or compute it from hidden",
+    Reason.OPTION: "make the argument a Python constant",
+    Reason.INTERNAL: "report it with the program",
+}
+
+
 @dataclass(frozen=True)
 class Decline:
     """A reason, the node that gave it, and where that node stands in the user's program."""
@@ -53,6 +73,11 @@ class Decline:
         where = source_line(self.node)
         detail = f": {self.detail}" if self.detail else ""
         return f"{self.reason.value}{detail} ({self.node.name}{', ' + where if where else ''})"
+
+    @property
+    def advice(self) -> str:
+        """What the user can do about it."""
+        return ADVICE[self.reason]
 
 
 @dataclass(frozen=True)

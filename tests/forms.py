@@ -101,7 +101,7 @@ FORMS = [
          "total = 0\nz = F.linear(h, W)\nfor x, i in zip(z.split(2, 1), y.split(2, 1)):\n"
          "    total = total + F.cross_entropy(x.flatten(0, 1), i.flatten(), reduction='sum')\nreturn total / y.numel()"),
     Form("loss", "probability targets", _FLAT + "return F.cross_entropy(z, F.one_hot(y, V).float() * 0.9 + 0.1 / V)",
-         "PROBABILITIES", "the targets are as large as the logits"),
+         "PROBABILITIES", "the targets are as large as the logits: without these, twice the products (12NDV for 6NDV) for two thirds of the memory"),
     Form("loss", "entropy", "z = F.linear(h, W)\np = z.softmax(-1)\nreturn -(p * z.log_softmax(-1)).sum(-1).mean()", "NONE",
          "a product of two functions of the logits"),
     Form("head", "nn.Linear's form with a bias", "z = F.linear(h, W, b)\n" + _CE),
@@ -131,6 +131,8 @@ FORMS = [
     Form("chain", "temperature", "z = F.linear(h, W) / 0.7\n" + _CE),
     Form("chain", "temperature in a tensor", "z = F.linear(h, W) / t\n" + _CE),
     Form("chain", "temperature of each row", "z = F.linear(h, W) * h.sum(-1, keepdim=True)\n" + _CE),
+    Form("chain", "temperature in a tensor, half precision",
+         "z = F.linear(h.bfloat16(), W.bfloat16()) / t.bfloat16()\n" + _CE, "NO_RULE", "hidden would be rounded once more than the logits are"),
     Form("chain", "soft cap", "z = 5 * torch.tanh(F.linear(h, W) / 5)\n" + _CE),
     Form("chain", "a bias afterwards", "z = F.linear(h, W) + b\n" + _CE),
     Form("chain", "a bias after a bias and a scale", "z = F.linear(h, W, b) * 2 + W2.sum(-1)\n" + _CE),
@@ -151,3 +153,37 @@ FORMS = [
     Form("chain", "vocabulary reshaped away", "z = F.linear(h, W[:40]).reshape(-1, 20)\nreturn F.cross_entropy(z, torch.zeros(z.size(0), dtype=torch.long))",
          "CLASS_MIXED", "rows and classes are mixed"),
 ]  # fmt: skip
+
+
+_FAMILIES = {"head": "Heads", "chain": "Between head and loss", "loss": "Losses"}
+_INTRO = """# Forms that are understood
+
+Made by `python -m tests.forms > docs/patterns.md` from the forms that `tests/test_forms.py` runs: each is compiled and compared
+with eager and with float64, and no graph may hold a tensor of rows times vocabulary. Where no loss is shown, it is
+`F.cross_entropy(z.reshape(-1, z.size(-1)), y.reshape(-1))`. `h` is hidden (B, T, D), `W` and `W2`
+weights (V, D), `b` a bias (V,), `y` targets (B, T), `A` (R, D) and `C` (V, R) an adapter, `t` a temperature (1,).
+
+A form marked *declined* runs as it was written. Anything not listed is declined too, and `cce_fx.explain` says why.
+"""
+
+
+def markdown() -> str:
+    from cce_fx.passes.values import ADVICE
+
+    lines = [_INTRO]
+    for family, title in _FAMILIES.items():
+        lines += [f"## {title}", "", "| form | as written | |", "|---|---|---|"]
+        for form in (f for f in FORMS if f.family == family):
+            code = "<br>".join(f"`{line}`" for line in (form.body.removesuffix(_CE).strip() or form.body).splitlines())
+            code = code.replace("|", "\\|")
+            verdict = {"rewritten": "rewritten", "lazy": f"rewritten outside: {form.why}"}.get(form.verdict)
+            reason = "" if form.verdict == "NONE" else f" (`{form.verdict}`)"
+            lines.append(f"| {form.name} | {code} | {verdict or f'*declined*{reason}: {form.why}'} |")
+        lines.append("")
+    lines += ["## Reasons", "", "| reason | meaning | what to change |", "|---|---|---|"]
+    lines += [f"| `{reason.name}` | {reason.value} | {advice} |" for reason, advice in ADVICE.items()]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(markdown(), end="")

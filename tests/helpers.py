@@ -69,11 +69,17 @@ def step(fn: Callable[..., Any], tensors: list[Tensor], *, backward: bool = True
 
 
 def compare(
-    fn: Callable[..., Any], tensors: list[Tensor], *, options: dict[str, Any] | None = None, ulps: float = 16.0
+    fn: Callable[..., Any],
+    tensors: list[Tensor],
+    *,
+    options: dict[str, Any] | None = None,
+    ulps: float = 16.0,
+    terms: float = 0.0,
 ) -> Watch:
     """Assert that fn compiled by cce is at least as near to fp64 eager as fn eager in its own dtype; return the graphs.
 
-    The bound on each result's error is eager's own error plus `ulps` units in the last place of its largest entry.
+    The bound on each result's error is eager's own error plus `ulps` units in the last place of its largest entry, or of
+    `terms` where a result is a small difference of terms of that size.
     """
     torch._dynamo.reset()
     watch = Watch()
@@ -85,11 +91,13 @@ def compare(
         *(("output", *x) for x in zip(exact.outputs, eager.outputs, ours.outputs, strict=True)),
         *(("gradient", *x) for x in zip(exact.grads, eager.grads, ours.grads, strict=True)),
     ):
-        assert_no_worse(name, ref, near, got, ulps)
+        assert_no_worse(name, ref, near, got, ulps, terms)
     return watch
 
 
-def assert_no_worse(name: str, exact: Tensor | None, eager: Tensor | None, ours: Tensor | None, ulps: float) -> None:
+def assert_no_worse(
+    name: str, exact: Tensor | None, eager: Tensor | None, ours: Tensor | None, ulps: float, terms: float = 0.0
+) -> None:
     """`ours` has eager's shape, dtype and non-finite places, and an error no larger than eager's and a few ulp."""
     assert (eager is None) == (ours is None), f"{name}: eager {eager is not None}, ours {ours is not None}"
     if exact is None or eager is None or ours is None:
@@ -106,7 +114,7 @@ def assert_no_worse(name: str, exact: Tensor | None, eager: Tensor | None, ours:
     exact, eager, ours = (t[finite].double() for t in (exact, eager, ours))
     if exact.numel() == 0:
         return
-    scale = float(exact.abs().max())
+    scale = max(float(exact.abs().max()), terms)
     allowed = float((eager - exact).abs().max()) + ulps * scale * eps
     error = float((ours - exact).abs().max())
     assert error <= allowed, f"{name}: error {error:.3g} against fp64, eager's is {allowed:.3g} with {ulps} ulp"

@@ -143,7 +143,8 @@ def programs(draw: st.DrawFn, misses: bool = False) -> Program:
     # A loss written by hand looks every target up, so none is ignored.
     hand_written = not misses and ignored == 0.0 and draw(st.booleans())
     if not flat:
-        plain = PLAIN[2 if head in WITH_BIAS or head == "adapter" else 0 :]
+        half = dtype in (torch.bfloat16, torch.float16)
+        plain = PLAIN[2 if head in WITH_BIAS or head == "adapter" or half else 0 :]
         lines += [op.format(V=v) for op in draw(st.lists(st.sampled_from(plain), max_size=1))]
     # Twice 30 overflows float16 in eager, and not here.
     scale = draw(st.sampled_from([0.5, 2.0, 3.0] + [30.0] * (dtype != torch.float16)))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
-import torch
 
 import cce_fx
 from cce_fx import Options
@@ -33,4 +34,8 @@ def test_form(form: Form) -> None:
 def test_names_are_told_apart() -> None:
     names = [(f.family, f.name) for f in FORMS]
     assert len(set(names)) == len(names) >= 60
-    torch.manual_seed(0)
+
+
+def test_the_page_of_patterns_is_up_to_date() -> None:
+    page = Path(__file__).parent.parent / "docs" / "patterns.md"
+    assert page.read_text() == forms.markdown(), "run: python -m tests.forms > docs/patterns.md"

@@ -110,6 +110,8 @@ def _row_scaled(call: Call, view: LogitsView, factor: Node, apply: Any) -> Outco
     """A factor for each row (a temperature, say) goes onto hidden: (h / t) W^T = (h W^T) / t."""
     if tuple(call.result.shape) != tuple(value_of(view.path[-1]).shape):
         return call.decline(Reason.NO_RULE, "logits are broadcast")
+    if view.dtype.itemsize < 4:
+        return call.decline(Reason.NO_RULE, "a scale in a tensor, in half precision: hidden would be rounded once more")
     return view.rows(call.node, apply.__name__, apply, factor, class_dim=view.class_dim)
 
 

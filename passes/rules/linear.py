@@ -65,7 +65,7 @@ def transposed(node: Node) -> Operand:
     return Operand(node).then("t", torch.t)
 
 
-@rule("linear")
+@rule("linear", begins=True)
 def linear(call: Call) -> Outcome:
     """F.linear(input, weight (V, D), bias (V,) or None)."""
     hidden, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
@@ -74,7 +74,7 @@ def linear(call: Call) -> Outcome:
     return _head(call, hidden, Operand(weight), bias)
 
 
-@rule("matmul", "mm")
+@rule("matmul", "mm", begins=True)
 def matmul(call: Call) -> Outcome:
     """hidden (..., D) @ weight (D, V)."""
     hidden = call.arg(0, "input")
@@ -84,7 +84,7 @@ def matmul(call: Call) -> Outcome:
     return _head(call, hidden, transposed(weight), None)
 
 
-@rule("addmm")
+@rule("addmm", begins=True)
 def addmm(call: Call) -> Outcome:
     """bias (V,) + hidden (N, D) @ weight (D, V)."""
     bias, hidden, weight = call.arg(0, "input"), call.arg(1, "mat1"), call.arg(2, "mat2")
@@ -98,7 +98,7 @@ def addmm(call: Call) -> Outcome:
     return _head(call, hidden, transposed(weight), bias)
 
 
-@rule("bmm")
+@rule("bmm", begins=True)
 def bmm(call: Call) -> Outcome:
     """hidden (1, N, D) @ weight (1, D, V): one batch, as exported graphs write it."""
     hidden, weight = call.arg(0, "input"), call.arg(1, "mat2")
@@ -107,7 +107,7 @@ def bmm(call: Call) -> Outcome:
     return _head(call, hidden, Operand(weight).then("one", torch.select, 0, 0).then("t", torch.t), None)
 
 
-@rule("einsum")
+@rule("einsum", begins=True)
 def einsum(call: Call) -> Outcome:
     """Of a hidden state and a weight that share one letter, with the rows in hidden's order: "btd,vd->btv"."""
     equation = call.node.args[0] if call.node.args else None
@@ -148,7 +148,7 @@ def _moved_head(
     return replace(view, hidden=view.hidden.then("movedim", torch.movedim, hidden_dim, class_dim))
 
 
-@rule("tensordot")
+@rule("tensordot", begins=True)
 def tensordot(call: Call) -> Outcome:
     """hidden (..., D) with weight over one dimension of each, hidden's the last."""
     hidden, weight, dims = call.arg(0, "a"), call.arg(1, "b"), call.arg(2, "dims", 2)
@@ -164,7 +164,7 @@ def tensordot(call: Call) -> Outcome:
     return _head(call, hidden, Operand(weight) if second[0] % 2 == 1 else transposed(weight), None)
 
 
-@rule("conv1d")
+@rule("conv1d", begins=True)
 def conv1d(call: Call) -> Outcome:
     """hidden (B, D, T) under a kernel (V, D, 1) of size 1: (B, V, T)."""
     hidden, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")

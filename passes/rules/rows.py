@@ -240,7 +240,7 @@ def _cut(call: Call, view: LogitsView, wanted: slice | None) -> Outcome:
     return view.cut(call.node, start, stop).at(call.node)
 
 
-@rule("getitem")
+@rule("getitem", begins=True)
 def getitem(call: Call) -> Outcome:
     source, index = call.arg(0, "self"), call.arg(1, "key")
     if isinstance(source, Node) and canonical(source) in _PAIRS:
