@@ -15,6 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from .passes import Policy, fakes
 from .passes.pipeline import apply
+from .passes.rewriter import write_logits
+from .passes.trace import trace
 
 if TYPE_CHECKING:
     from .lazy import HeadChain, LazyLogits
@@ -24,26 +26,41 @@ _CACHE_SIZE = 64
 
 def cut_loss(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The loss `func(lazy, *args, **kwargs)` without the logits, or NotImplemented."""
-    chain = lazy.chain
-    if chain is None or torch.is_inference_mode_enabled() or not _plain_arguments(args, kwargs):
+    if lazy.chain is None or torch.is_inference_mode_enabled() or not _plain_arguments(args, kwargs):
         return NotImplemented
     lazy.check_fresh()
-    recorded = [a for op in lazy.ops for a in op.args]
-    tensors = [a for a in (*recorded, *args, *kwargs.values()) if isinstance(a, Tensor)]
-    values = [chain.hidden, *chain.inputs, *tensors]
+    call = (func, _frozen(args), _frozen(tuple(kwargs.items())))
+    return _run(lazy, call, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)],
+                lambda gm, node, rest: _cut(lazy, gm, node, rest, func, args, kwargs))  # fmt: skip
+
+
+def read_rows(lazy: LazyLogits) -> Any:
+    """The values of a tensor that is some rows of lazy logits, without the other rows; NotImplemented where it is not."""
+    if lazy.chain is None:
+        return NotImplemented
+    lazy.check_fresh()
+    return _run(lazy, ("rows",), [], lambda gm, node, _: _only_rows(gm, node))
+
+
+def _run(
+    lazy: LazyLogits, call: tuple[Any, ...], tensors: list[Tensor],
+    finish: Callable[[GraphModule, Node, Iterator[Node]], GraphModule | None],
+) -> Any:  # fmt: skip
+    """Run what `finish` makes of the graph that computes `lazy`, its node, and nodes for `tensors`; made once for each kind."""
+    chain = lazy.chain
+    assert chain is not None
+    recorded = [a for op in lazy.ops for a in op.args if isinstance(a, Tensor)]
+    values = [chain.hidden, *chain.inputs, *recorded, *tensors]
     cache: dict[Any, GraphModule | None] = chain.run.meta.setdefault("cce_fx_losses", {})
     ops = tuple((op.func, _frozen(op.args), _frozen(op.kwargs)) for op in lazy.ops)
-    call = (func, _frozen(args), _frozen(tuple(kwargs.items())))
     key = (ops, call, torch.is_grad_enabled(), lazy._requires_grad(), tuple(_describe(v) for v in values))
-    if key not in cache:
-        if len(cache) >= _CACHE_SIZE:
-            cache.clear()
-        cache[key] = _compile(chain, lazy, func, args, kwargs, values)
-    loss = cache[key]
-    if loss is None:
-        return NotImplemented
     with torch.autocast(lazy.device.type, enabled=False):
-        return loss(*values)
+        if key not in cache:
+            if len(cache) >= _CACHE_SIZE:
+                cache.clear()
+            cache[key] = finish(*_graph(chain, lazy, values))
+        made = cache[key]
+        return NotImplemented if made is None else made(*values)
 
 
 def _plain_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -67,9 +84,8 @@ def _describe(value: Any) -> Any:
     return (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
 
 
-def _compile(
-    chain: HeadChain, lazy: LazyLogits, func: Callable[..., Any], args: Any, kwargs: Any, values: list[Any]
-) -> GraphModule | None:
+def _graph(chain: HeadChain, lazy: LazyLogits, values: list[Any]) -> tuple[GraphModule, Node, Iterator[Node]]:
+    """A graph of the chain and the lazy operations, with example values; its last node; inputs not used so far."""
     graph = Graph()
     inputs = [graph.placeholder(f"in{i}") for i in range(len(values))]
     head = 1 + len(chain.inputs)
@@ -79,14 +95,37 @@ def _compile(
     rest = iter(inputs[head:])
     for op in lazy.ops:
         node = graph.call_function(op.func, (node, *_placed(op.args, rest)), dict(op.kwargs))
+    graph.output(node)
+    gm = GraphModule(chain.run, graph)
+    fakes.ensure(gm, values)
+    return gm, node, rest
+
+
+def _cut(
+    lazy: LazyLogits,
+    gm: GraphModule,
+    node: Node,
+    rest: Iterator[Node],
+    func: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> GraphModule | None:
+    """The loss after the graph, cut by the pass; None where that declines."""
     args = _placed(args, rest)
     kwargs = {k: next(rest) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    graph.output(graph.call_function(func, (node, *args), kwargs))
-    gm = GraphModule(chain.run, graph)
-    with torch.set_grad_enabled(torch.is_grad_enabled()), torch.autocast(lazy.device.type, enabled=False):
-        fakes.ensure(gm, values)
-        report, _ = apply(gm, Policy(min_vocab=0))
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    with gm.graph.inserting_before(output):
+        loss = gm.graph.call_function(func, (node, *args), kwargs)
+    output.args = (loss,)
+    fakes.propagate(gm, [loss], grad=torch.is_grad_enabled())
+    report, _ = apply(gm, Policy(min_vocab=0))
     return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None
+
+
+def _only_rows(gm: GraphModule, node: Node) -> GraphModule | None:
+    """The graph with its row operations done on hidden and not on logits; None where it does more than that."""
+    view = trace(gm.graph).views.get(node)
+    return gm if view is not None and write_logits(gm, view, node) else None
 
 
 def _placed(args: tuple[Any, ...], inputs: Iterator[Node]) -> tuple[Any, ...]:

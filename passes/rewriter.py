@@ -16,7 +16,7 @@ from ..functional import KernelSpec, row_statistics, site_loss, statistics_dtype
 from ..kernels.spec import Needs
 from .decide import Policy
 from .fakes import propagate
-from .values import Candidate, Decline, LogitsView, LossSite, Operand, Reason, Result, value_of
+from .values import Candidate, Decline, Form, LogitsView, LossSite, Operand, Reason, Result, value_of
 
 log = logging.getLogger("cce_fx")
 
@@ -90,6 +90,38 @@ def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy, moved: dict[No
     moved[anchor] = new
     erase_unused(gm.graph, [anchor, *reversed(site.candidate.view.path)])
     return None
+
+
+_FORMS = {
+    Form.LOGITS: lambda z, dim: z,
+    Form.LOG_SOFTMAX: torch.log_softmax,
+    Form.SOFTMAX: torch.softmax,
+}
+
+
+def write_logits(gm: GraphModule, view: LogitsView, node: Node) -> bool:
+    """Compute `node` from a hidden state of its own rows, in place; whether its form allows that."""
+    if view.form not in _FORMS:
+        return False
+    builder, e, last = Builder(gm.graph, {}), view.epilogue, len(view.shape) - 1
+    dtype = value_of(node).dtype
+    with builder.before(node.next):
+        hidden = builder.operand(view.hidden, view.dtype)
+        if view.class_dim != last:
+            hidden = torch.movedim(hidden, view.class_dim, -1)
+        bias = None if view.bias is None else builder.operand(view.bias, view.dtype)
+        z = torch.nn.functional.linear(hidden, builder.operand(view.weight, view.dtype), bias)
+        z = z if view.dtype == dtype else z.to(dtype)
+        z = z if e.scale == 1.0 else z * e.scale
+        z = z if e.softcap is None else torch.tanh(z / e.softcap) * e.softcap
+        z = z if e.post_scale == 1.0 else z * e.post_scale
+        z = _FORMS[view.form](z, -1)
+        z = z if view.class_dim == last else torch.movedim(z, -1, view.class_dim)
+    node.replace_all_uses_with(z.node, delete_user_cb=lambda user: user not in builder.written)
+    erase_unused(gm.graph, list(reversed(view.path)))
+    gm.graph.lint()
+    gm.recompile()
+    return True
 
 
 def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:

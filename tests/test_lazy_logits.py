@@ -121,7 +121,6 @@ READS = {
     "norm": lambda z: z.norm(),
     "einsum": lambda z: torch.einsum("btv->bt", z),
     "argmax over rows": lambda z: z.argmax(0),
-    "iterate": lambda z: torch.stack(list(z)),
     "tolist": lambda z: torch.tensor(z.tolist()),
     "numpy": lambda z: torch.from_numpy(z.detach().numpy().copy()),
     "data": lambda z: z.data,
@@ -138,6 +137,7 @@ BLOCKS = {
     "detached topk default": lambda z: z.detach().topk(5).indices,
     "detached logsumexp": lambda z: torch.logsumexp(z.detach().float(), dim=-1),
     "scaled argmax": lambda z: (z / -0.5).argmax(-1),
+    "iterate": lambda z: torch.stack(list(z)),
     "accuracy": lambda z: (z.argmax(-1) == 3).float().mean(),
 }
 
@@ -324,6 +324,40 @@ def test_a_loss_outside_the_graph_is_cut(setup: Any, name: str) -> None:
     torch.testing.assert_close(ours, want)
     for a, b in zip(got, grads(model), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def entropy_by_chunks(z: Tensor) -> Tensor:
+    """As trl writes it."""
+    found = []
+    for chunk in z.reshape(-1, V).split(2, dim=0):
+        logp = F.log_softmax(chunk, dim=-1)
+        found.append(-(torch.exp(logp) * logp).sum(-1))
+    return torch.cat(found).reshape(z.shape[:-1])
+
+
+PARTS = {
+    "entropy by chunks": entropy_by_chunks,
+    "a row": lambda z: z[0, 1] + 1,
+    "the last token": lambda z: z[:, -1, :].softmax(-1) * 2,
+    "two rows, scaled, classes first": lambda z: (z.flatten(0, 1)[3:5].float() / 2).t().exp(),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_some_rows_are_read_without_the_others(setup: Any, name: str) -> None:
+    model, compiled, x, _ = setup
+    PARTS[name](compiled(x)).sum()  # what is made of fake tensors at first is not counted
+    logits = compiled(x)
+    with Largest() as made:
+        ours = PARTS[name](logits)
+        ours.square().sum().backward()
+    assert unread(logits) and made.size <= 3 * 6 * V
+    got = grads(model)
+    want = PARTS[name](model(x))
+    want.square().sum().backward()
+    torch.testing.assert_close(ours, want)
+    for a, b in zip(got, grads(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_small_heads_and_forwards_without_grad_return_plain_logits(setup: Any) -> None:
