@@ -13,6 +13,7 @@ from .programs import BY_HAND, Program, programs
 
 EXAMPLES = int(os.environ.get("CCE_FX_PROGRAMS", "350"))
 NEAR_MISSES = EXAMPLES * 3 // 7
+MANY, SEED = int(os.environ.get("CCE_FX_MANY", "20000")), int(os.environ.get("CCE_FX_SEED", "0"))
 few = settings(
     deadline=None,
     suppress_health_check=list(HealthCheck),
@@ -24,10 +25,10 @@ few = settings(
 
 def check(program: Program) -> None:
     counters.clear()
-    # A probability made of its logarithm has the logarithm's error.
-    ulps = 64.0 if "z.softmax(-1).gather" in program.source else 16.0
-    # A cap that saturates has a slope that is a difference of ones.
-    terms = 1.0 if "tanh" in program.source else 0.0
+    # Probabilities have the relative error of rounded logits, and one made of its logarithm has the logarithm's.
+    ulps = 128.0 if "30.0" in program.source else 64.0 if "z.softmax(-1).gather" in program.source else 16.0
+    # A gradient is a difference of terms of about this size; a cap that saturates has a slope that is one of ones.
+    terms = 1.0 if "tanh" in program.source else 0.1
     watch = compare(program.function(), program.tensors(), ulps=ulps, terms=terms)
     if program.verdict:
         assert watch.rewritten == 0, "the loss was rewritten"
@@ -56,19 +57,22 @@ def test_a_near_miss_is_left_alone(program: Program) -> None:
 
 
 @pytest.mark.slow
-@given(programs())
-@settings(few, max_examples=14_000, derandomize=False)
-@seed(int(os.environ.get("CCE_FX_SEED", "0")))
-def test_many_programs_equal_eager(program: Program) -> None:
-    check(program)
+@pytest.mark.parametrize("misses", [False, True], ids=["programs", "near misses"])
+def test_many_programs(misses: bool) -> None:
+    """20,000 programs in all; every one that fails is told, and not the first alone."""
+    wrong: list[str] = []
 
+    @given(programs(misses=misses))
+    @settings(few, max_examples=MANY * 3 // 10 if misses else MANY * 7 // 10, derandomize=False)
+    @seed(SEED)
+    def run(program: Program) -> None:
+        try:
+            check(program)
+        except Exception as error:  # whatever it is, it is reported below
+            wrong.append(f"{type(error).__name__}: {error}\n{program!r}")
 
-@pytest.mark.slow
-@given(programs(misses=True))
-@settings(few, max_examples=6_000, derandomize=False)
-@seed(int(os.environ.get("CCE_FX_SEED", "0")))
-def test_many_near_misses_are_left_alone(program: Program) -> None:
-    check(program)
+    run()
+    assert not wrong, f"{len(wrong)} programs:\n" + "\n".join(wrong[:20])
 
 
 def test_hand_written_losses_are_many() -> None:
