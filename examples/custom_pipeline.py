@@ -1,4 +1,4 @@
-"""The pass in a pipeline of your own: on an fx graph, inside inductor, and with a rule for your own operation.
+"""The pass in a pipeline of your own: on an fx graph, inside inductor, and with rules for your own operations.
 
 python examples/custom_pipeline.py
 """
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import cce_fx
-from cce_fx.passes import CutCrossEntropyPass, rule
+from cce_fx.passes import CutCrossEntropyPass, OwnReason, rule
 
 VOCAB, HIDDEN = 5000, 64
 
@@ -83,10 +83,35 @@ class MarkedHead(Head):
         return F.cross_entropy(mark(F.linear(hidden, self.weight)).view(-1, VOCAB), target.view(-1))
 
 
+def watermark(logits):
+    """Another one, which favours some classes: no view of a head any more."""
+    return logits + torch.arange(VOCAB) % 2
+
+
+torch.fx.wrap("watermark")
+WATERMARK = OwnReason("WATERMARK", "watermarked logits are not the head's", "watermark when sampling, not in training")
+
+
+@rule(watermark)
+def _watermark(call):
+    """Its rule: the loss is left alone, and the report says why in our own words."""
+    return call.decline(WATERMARK) if call.view() else None
+
+
+class WatermarkedHead(Head):
+    def forward(self, hidden, target):
+        return F.cross_entropy(watermark(F.linear(hidden, self.weight)).view(-1, VOCAB), target.view(-1))
+
+
 def main():
     torch.manual_seed(0)
     hidden, target = torch.randn(4, 32, HIDDEN), torch.randint(0, VOCAB, (4, 32))
-    for model, way in ((Head(), on_an_fx_graph), (Head(), inside_inductor), (MarkedHead(), on_an_fx_graph)):
+    for model, way in (
+        (Head(), on_an_fx_graph),
+        (Head(), inside_inductor),
+        (MarkedHead(), on_an_fx_graph),
+        (WatermarkedHead(), on_an_fx_graph),
+    ):
         want, got = model(hidden, target), way(model, hidden, target)
         torch.testing.assert_close(got, want)
         print(f"{type(model).__name__}, {way.__name__}: loss {got.item():.6f}, eager {want.item():.6f}\n")

@@ -4,7 +4,7 @@ from .decide import Policy
 from .pipeline import CutCrossEntropyPass, rewrite
 from .registry import BEGINNERS, RULES, Call, rule
 from .report import Declined, Report, Rewritten
-from .values import Candidate, Decline, LogitsView, LossSite, Operand, Reason, Step
+from .values import Candidate, Decline, LogitsView, LossSite, Operand, OwnReason, Reason, Step
 
 __all__ = [
     "BEGINNERS",
@@ -17,6 +17,7 @@ __all__ = [
     "LogitsView",
     "LossSite",
     "Operand",
+    "OwnReason",
     "Policy",
     "Reason",
     "Report",

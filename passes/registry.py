@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from .values import Candidate, Decline, Form, LogitsView, Reason, value_of
+from .values import Candidate, Decline, Form, LogitsView, OwnReason, Reason, value_of
 
 Outcome = LogitsView | Candidate | Decline | None
 Rule = Callable[["Call"], Outcome]
@@ -89,7 +89,7 @@ class Call:
     def result(self) -> Any:
         return value_of(self.node)
 
-    def decline(self, reason: Reason, detail: str = "") -> Decline:
+    def decline(self, reason: Reason | OwnReason, detail: str = "") -> Decline:
         return Decline(reason, self.node, detail)
 
 

@@ -62,10 +62,19 @@ ADVICE = {
 
 
 @dataclass(frozen=True)
+class OwnReason:
+    """A reason of a rule that is not the project's: a name in capitals, a sentence, and what to change."""
+
+    name: str
+    value: str
+    advice: str
+
+
+@dataclass(frozen=True)
 class Decline:
     """A reason, the node that gave it, and where that node stands in the user's program."""
 
-    reason: Reason
+    reason: Reason | OwnReason
     node: Node
     detail: str = ""
 
@@ -77,7 +86,7 @@ class Decline:
     @property
     def advice(self) -> str:
         """What the user can do about it."""
-        return ADVICE[self.reason]
+        return self.reason.advice if isinstance(self.reason, OwnReason) else ADVICE[self.reason]
 
 
 @dataclass(frozen=True)
