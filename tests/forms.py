@@ -150,6 +150,8 @@ FORMS = [
          "the logits exist anyway"),
     Form("chain", "loss over another dimension", "return F.cross_entropy(F.linear(h, W), torch.zeros(y.size(0), V, dtype=torch.long))",
          "CLASS_DIM", "time stands where the vocabulary should"),
+    Form("chain", "log_softmax over another dimension",
+         "return F.nll_loss(F.linear(h, W).log_softmax(1).flatten(0, 1), y.flatten())", "CLASS_DIM", "time is normalised, not the vocabulary"),
     Form("chain", "vocabulary reshaped away", "z = F.linear(h, W[:40]).reshape(-1, 20)\nreturn F.cross_entropy(z, torch.zeros(z.size(0), dtype=torch.long))",
          "CLASS_MIXED", "rows and classes are mixed"),
 ]  # fmt: skip
