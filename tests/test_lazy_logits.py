@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import peak_bytes
 from cce_fx import LazyLogits
 
 V, D = 1200, 16
@@ -378,3 +379,31 @@ def test_keep_computes_the_logits() -> None:
     assert type(logits) is Tensor and type(compiled(x)) is Tensor
     want = model(x, y)
     torch.testing.assert_close((loss, logits), want)
+
+
+def test_a_plain_training_loop_with_its_own_loss_holds_no_logits() -> None:
+    """Measured: the peak of a step whose loss is taken outside the compiled model, beyond gradients and eager's share."""
+    torch._dynamo.reset()
+    vocab, rows = 6000, 512
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(vocab, D), nn.Linear(D, D), nn.GELU(), nn.Linear(D, vocab, bias=False))
+    x, y = torch.randint(vocab, (2, rows // 2)), torch.randint(vocab, (2, rows // 2))
+
+    def step(run: Callable[..., Tensor]) -> Callable[[], None]:
+        def once() -> None:
+            model.zero_grad(set_to_none=True)
+            F.cross_entropy(run(x).view(-1, vocab), y.view(-1)).backward()
+
+        return once
+
+    eager, ours = step(model), step(torch.compile(model, backend="cce", options={"inner": "aot_eager"}))
+    eager()
+    want = grads(model)
+    ours()
+    for a, b in zip(grads(model), want, strict=True):
+        torch.testing.assert_close(a, b)
+    model.zero_grad(set_to_none=True)
+    logits = rows * vocab * 4
+    assert peak_bytes(eager) > 2 * logits
+    model.zero_grad(set_to_none=True)
+    assert peak_bytes(ours) < logits / 2
