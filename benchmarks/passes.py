@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.roofline import Work, product, work_of
 from cce_fx.kernels.spec import Needs, Problem, RowGrads
-from cce_fx.kernels.triton import forward, forward_backward
+from cce_fx.kernels.triton import forward_backward
 from cce_fx.kernels.triton.cost import make_plan
 from cce_fx.kernels.triton.device import Launch, record
 from cce_fx.kernels.triton.head import make_head
@@ -68,13 +68,6 @@ def ours(problem: Problem, machine: Machine, strategy: str = "auto") -> Pass:
         plan = make_plan(make_head(problem), Needs(), strategy, with_stats=True)
         forward_backward(problem, rows, Needs(), strategy=strategy)
     made.launches, made.scratch = launches, plan.scratch
-    return made
-
-
-def forward_only(problem: Problem, machine: Machine) -> Pass:
-    made = Pass("cce_fx, forward")
-    with record(machine) as made.launches:
-        forward(problem)
     return made
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .passes.canonical import canonical_callable, is_inplace_callable
+from .passes.canonical import CASTS, canonical_callable, is_inplace_callable
 
 if TYPE_CHECKING:
     from .lazy import LazyLogits
@@ -31,21 +31,7 @@ IS_LEAF = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits 
 # Operations by canonical name that stay lazy: they move rows about, cast, or scale.
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
           "getitem", "narrow", "select", "detach"}  # fmt: skip
-_VALUES = {
-    "contiguous",
-    "to",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
-    "type",
-    "type_as",
-    "mul",
-    "div",
-    "log_softmax",
-    "softmax",
-    "log",
-}
+_VALUES = {*CASTS, "contiguous", "mul", "div", "log_softmax", "softmax", "log"}
 _ROWS = {"index_select"}
 _REDUCTIONS = {"argmax", "max", "topk", "logsumexp", "argmin", "min", "amax"}
 _LOSSES = {"cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp"}
@@ -130,7 +116,7 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
         made = func(like, *args, **kwargs)
     if not isinstance(made, Tensor) or not made.dtype.is_floating_point:
         return NotImplemented
-    if made is like and name in ("to", "float", "double", "half", "bfloat16", "type", "type_as", "contiguous"):
+    if made is like and name in (*CASTS, "contiguous"):
         return lazy
     return lazy._derive(Op(name, func, tuple(args), tuple(kwargs.items())), made)
 

@@ -43,6 +43,9 @@ _ALIASES = {
     "concatenate": "cat",
 }
 
+# Operations that change a tensor's dtype, or its device, and nothing else.
+CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as")
+
 _NAMES = """
 linear matmul mm addmm bmm baddbmm einsum tensordot conv1d
 view reshape flatten unflatten squeeze unsqueeze transpose permute movedim t swapaxes swapdims moveaxis getitem narrow

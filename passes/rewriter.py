@@ -58,8 +58,7 @@ class Builder:
         for step in operand.steps:
             args = (self.operand(a, dtype) if isinstance(a, Operand) else self.proxy(a) for a in step.args)
             x = step.apply(x, *args)
-        same = value_of(operand.node).dtype == dtype and not any(s.name == "mask_to_bias" for s in operand.steps)
-        return x if same else x.to(dtype)
+        return x if value_of(operand.node).dtype == dtype else x.to(dtype)
 
     def undo(self) -> None:
         for node in reversed(self.written):

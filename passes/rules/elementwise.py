@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ..canonical import canonical
+from ..canonical import CASTS, canonical
 from ..registry import WHOLE, Call, Outcome, is_constant, rule
 from ..values import Form, LogitsView, Operand, Reason, same, value_of
 from .heads import low_rank
 from .pick import one_hot_target
 
 
-@rule("float", "double", "half", "bfloat16", "to", "type", "type_as")
+@rule(*CASTS)
 def cast(call: Call) -> Outcome:
     """A cast to a floating dtype on the same device is rounding; the kernel's statistics are float32 or better."""
     view, result, given = call.view(forms=(*WHOLE, Form.SHIFTED, Form.EXP)), call.result, call.value(0, "self")

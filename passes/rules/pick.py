@@ -8,7 +8,7 @@ import torch
 from torch.fx import Node
 
 from ...functional import LossSpec
-from ..canonical import canonical
+from ..canonical import CASTS, canonical
 from ..registry import Call, Outcome, rule
 from ..values import Candidate, Form, LogitsView, Reason, Result, same, value_of
 
@@ -75,15 +75,7 @@ def _counts_rows(node: Any, rows: Any) -> bool:
 
 def one_hot_target(node: Any) -> Node | None:
     """The target of a one-hot tensor, seen through casts."""
-    while isinstance(node, Node) and canonical(node) in (
-        "to",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "type",
-        "type_as",
-    ):
+    while isinstance(node, Node) and canonical(node) in CASTS:
         node = node.args[0]
     if not isinstance(node, Node) or canonical(node) != "one_hot":
         return None

@@ -245,26 +245,22 @@ def getitem(call: Call) -> Outcome:
     source, index = call.arg(0, "self"), call.arg(1, "key")
     if isinstance(source, Node) and canonical(source) in _PAIRS:
         return _PAIRS[canonical(source)](call)
-    view = call.view(forms=tuple(Form))
-    if view is None:
-        return None
-    index = index if isinstance(index, tuple) else (index,)
-    found = picked_by_index(call, view, index)
-    if found is not None or view.form not in WHOLE:
-        return found
-    return _indexed(call, view, index)
+    return _taken(call, index if isinstance(index, tuple) else (index,))
 
 
 @rule("index")
 def index(call: Call) -> Outcome:
     """aten.index.Tensor(x, indices)."""
-    view, indices = call.view(forms=tuple(Form)), call.arg(1, "indices")
+    return _taken(call, tuple(slice(None) if i is None else i for i in call.arg(1, "indices")))
+
+
+def _taken(call: Call, index: tuple[Any, ...]) -> Outcome:
+    """One class of each row, which any form has, or whole rows."""
+    view = call.view(forms=tuple(Form))
     if view is None:
         return None
-    found = picked_by_index(call, view, tuple(indices))
-    if found is not None or view.form not in WHOLE:
-        return found
-    return _indexed(call, view, tuple(slice(None) if i is None else i for i in indices))
+    found = picked_by_index(call, view, index)
+    return found if found is not None or view.form not in WHOLE else _indexed(call, view, index)
 
 
 def _indexed(call: Call, view: LogitsView, index: tuple[Any, ...]) -> Outcome:
