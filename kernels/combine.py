@@ -36,7 +36,7 @@ def finish(partials: Partials, problem: Problem) -> Stats:
     if problem.smooth:
         total = lse.double() if lse.dtype == torch.float64 else p.max.double() + log_sum.double()
         smooth = (total_weight(problem) * total - p.smooth.double()).to(nll.dtype)
-    return mask_ignored(Stats(nll, lse, smooth), problem)
+    return mask_ignored(Stats(nll, lse, smooth, p.max, p.sumexp), problem)
 
 
 def log_sum_exp(highest: Tensor, log_sum: Tensor) -> Tensor:
@@ -50,16 +50,16 @@ def finite(highest: Tensor) -> Tensor:
 
 
 def mask_ignored(stats: Stats, problem: Problem) -> Stats:
-    """Stats with zeros for ignored rows (their lse only where Problem.skip_ignored)."""
+    """Stats with zeros for ignored rows (their lse, max and sumexp only where Problem.skip_ignored)."""
     if problem.ignore_index is None:
         return stats
     ignored = problem.target == problem.ignore_index
-    nll, lse, smooth = stats
-    return Stats(
-        nll.masked_fill(ignored, 0),
-        lse.masked_fill(ignored, 0) if problem.skip_ignored else lse,
-        smooth.masked_fill(ignored, 0) if problem.smooth else smooth,
-    )
+    zero = {"nll": stats.nll.masked_fill(ignored, 0)}
+    if problem.smooth:
+        zero["smooth"] = stats.smooth.masked_fill(ignored, 0)
+    if problem.skip_ignored:
+        zero |= {name: getattr(stats, name).masked_fill(ignored, 0) for name in ("lse", "max", "sumexp")}
+    return stats._replace(**zero)
 
 
 def total_weight(problem: Problem) -> float | Tensor:

@@ -17,7 +17,7 @@ from .plan import FEWEST_HELD_ROWS, ROW_STEP, Plan, held_columns, spans, step_do
 from .rows import Coefficients, Rows
 from .spec import Grads, Problem
 from .sweeps import accumulate, bias_sum, summed, tile_of
-from .tile import Collector, Head, Sums, exp_, locate
+from .tile import Collector, Head, Hit, Sums, exp_, locate
 
 
 @dataclass(frozen=True)
@@ -128,11 +128,14 @@ class _Held:
     def _use(self, number: int, factor: Tensor, highest: Tensor) -> None:
         head, out, hit, tile = self.head, self.out, self.hits[number], self.block.tiles[number]
         start, stop = self.block.chunks[number]
-        scale = exp_(self.collector.max[number] - highest).mul_(factor)
+        ratio = exp_(self.collector.max[number] - highest)
+        scale = ratio * factor
         at_hit = None if hit is None else -(self.c.hit * self.slope)[hit.row]
         if self.d_hidden is not None and hit is not None:
             at_target = head.weight[hit.column + start].to(head.dtype)
             self.d_hidden.index_add_(0, hit.row, at_target.mul_(at_hit[:, None]))
+        if hit is not None:
+            hit, at_hit = self._into_tile(tile, hit, at_hit, ratio, scale)
         if out.weight is not None:
             with summed(out.weight[start:stop], head.dtype, self.block.first == 0) as (total, fresh):
                 accumulate(total, tile, self.hidden * scale[:, None], fresh)
@@ -146,6 +149,19 @@ class _Held:
                 total.index_add_(0, hit.column, at_hit)
             if self.c.uniform is not None:
                 total.sub_(head.uniform(start, stop) * self.c.uniform.sum())
+
+    def _into_tile(
+        self, tile: Tensor, hit: Hit, at_hit: Tensor, ratio: Tensor, scale: Tensor
+    ) -> tuple[Hit | None, Tensor]:
+        """Take the one-hot part off the tile itself where a target is likely; what is left to be added apart.
+
+        p - 1 is then made in each row, and is exactly zero where the row is sure, rather than left over from two sums.
+        """
+        row = hit.row
+        likely = (ratio[row] >= 0.5) & (self.c.prob[row].abs() >= 0.5 * self.c.hit[row].abs())
+        tile[hit.column, row] += torch.where(likely, at_hit / scale[row], 0).nan_to_num_(0, 0, 0)
+        rest = (~likely).nonzero()[:, 0]
+        return (Hit(hit.column[rest], row[rest]) if len(rest) else None), at_hit[rest]
 
 
 class _Storage:

@@ -18,6 +18,8 @@ def stats(problem: Problem, dtype: torch.dtype = torch.float64) -> Stats:
     z = z * e.post_scale
     logp = z.log_softmax(-1)
     lse = z.logsumexp(-1)
+    highest = z.detach().amax(-1) if z.shape[1] else z.new_zeros(z.shape[0])
+    sumexp = (z.detach() - highest.nan_to_num(neginf=0.0)[:, None]).exp().sum(-1)
     ignored = torch.zeros_like(p.target, dtype=torch.bool) if p.ignore_index is None else p.target == p.ignore_index
     nll = -logp.gather(1, p.target.masked_fill(ignored, 0)[:, None])[:, 0].masked_fill(ignored, 0)
     smooth = z.new_zeros(0)
@@ -25,8 +27,8 @@ def stats(problem: Problem, dtype: torch.dtype = torch.float64) -> Stats:
         w = z.new_ones(z.shape[1]) if p.class_weight is None else p.class_weight.to(dtype)
         smooth = -(logp * w).sum(-1).masked_fill(ignored, 0)
     if p.skip_ignored:
-        lse = lse.masked_fill(ignored, 0)
-    return Stats(nll, lse, smooth)
+        lse, highest, sumexp = (t.masked_fill(ignored, 0) for t in (lse, highest, sumexp))
+    return Stats(nll, lse, smooth, highest, sumexp)
 
 
 def forward_backward(

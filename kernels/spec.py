@@ -4,7 +4,7 @@ A kernel module (`reference`, `tiled`, `triton`) exposes
 
     partial(problem) -> Partials                                       one sweep over the vocabulary
     forward(problem) -> Stats                                          partial + finish
-    backward(problem, lse, grads, needs) -> Grads                      recomputes the logits tile by tile
+    backward(problem, norm, grads, needs) -> Grads                     recomputes the logits tile by tile
     forward_backward(problem, grads, needs) -> (Stats, Grads)          both while each tile is at hand
 
 The maths, for row i with logits z_i = epilogue(W h_i + b) and target t_i (Cut Cross-Entropy, arXiv 2411.09009, section 3):
@@ -53,7 +53,7 @@ class Problem:
 
     hidden: Tensor  # (N, D) float; any strides
     weight: Tensor  # (V, D) float, dtype of hidden; any strides
-    bias: Tensor | None  # (V,) dtype of hidden
+    bias: Tensor | None  # (V,) dtype of hidden, or of the statistics
     target: Tensor  # (N,) int64, classes in [0, V) or ignore_index
     epilogue: Epilogue = field(default_factory=Epilogue)
     ignore_index: int | None = -100  # rows with this target have nll = smooth = 0, and no gradient
@@ -76,11 +76,27 @@ class Partials(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Per-row results; float32, or float64 for float64 inputs."""
+    """Per-row results; float32, or float64 for float64 inputs. Ignored rows hold 0 (see Problem.skip_ignored)."""
 
     nll: Tensor  # (N,)
     lse: Tensor  # (N,)
     smooth: Tensor  # (N,), or (0,) where Problem.smooth is False
+    max: Tensor  # (N,) max_c z_c
+    sumexp: Tensor  # (N,) sum_c exp(z_c - max)
+
+    @property
+    def norm(self) -> Norm:
+        return Norm(self.max, self.sumexp)
+
+
+class Norm(NamedTuple):
+    """What makes logits probabilities: p_ic = exp(z_ic - max_i) / sumexp_i.
+
+    Two numbers a row and not lse alone, whose rounding, |lse| eps, would be an error of every probability.
+    """
+
+    max: Tensor  # (N,)
+    sumexp: Tensor  # (N,)
 
 
 class RowGrads(NamedTuple):
@@ -100,7 +116,7 @@ class Needs(NamedTuple):
 
 
 class Grads(NamedTuple):
-    """Gradients in the dtype of the inputs; None where not wanted."""
+    """Gradients in the dtypes of the inputs; None where not wanted."""
 
     hidden: Tensor | None  # (N, D)
     weight: Tensor | None  # (V, D), contiguous

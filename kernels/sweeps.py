@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .plan import make_plan, spans
 from .rows import Coefficients, Rows
-from .spec import Grads, Needs, Problem
+from .spec import Grads, Needs, Norm, Problem
 from .tile import Collector, Head, Sums, exp_, locate
 
 
@@ -33,15 +33,15 @@ def sweep(problem: Problem, rows: Rows, begin: int = 0) -> list[Sums]:
 
 
 def recompute(
-    problem: Problem, rows: Rows, lse: Tensor, c: Coefficients, needs: Needs, out: Grads, begin: int = 0
+    problem: Problem, rows: Rows, norm: Norm, c: Coefficients, needs: Needs, out: Grads, begin: int = 0
 ) -> None:
     """Write the gradients into `out`, making each tile of logits again: 2NDV operations and 2NDV for each gradient.
 
-    Rows from number `begin` on, added to what `out` has from those before. `lse` (n - begin,) is theirs.
+    Rows from number `begin` on, added to what `out` has from those before. `norm` (n - begin,) is theirs.
     Where the weight's gradient cannot be summed up in its own dtype, it has a loop (and a product) of its own, over
     the rows for each chunk of columns, so that each result is rounded once.
     """
-    maker = _Recomputed(problem, rows, lse, c, needs, begin)
+    maker = _Recomputed(problem, rows, norm, c, needs, begin)
     rounds = needs.weight and problem.weight.dtype != maker.head.dtype and len(maker.blocks) > 1
     if needs.hidden or needs.bias or not rounds:
         maker.by_rows(out, weight=needs.weight and not rounds)
@@ -52,10 +52,9 @@ def recompute(
 class _Recomputed:
     """The two loop orders of `recompute`, which share their tiles."""
 
-    def __init__(self, problem: Problem, rows: Rows, lse: Tensor, c: Coefficients, needs: Needs, begin: int) -> None:
+    def __init__(self, problem: Problem, rows: Rows, norm: Norm, c: Coefficients, needs: Needs, begin: int) -> None:
         self.problem, self.rows, self.c, self.begin = problem, rows, c, begin
-        # A softmax over a logit of +inf is NaN in every entry.
-        self.lse = lse.masked_fill(lse == torch.inf, torch.nan)
+        self.max, self.prob = norm.max, c.prob[begin:] / norm.sumexp
         self.head = Head(problem)
         plan = make_plan(problem, rows, needs)
         self.blocks = spans(rows.count, plan.rows, begin)
@@ -74,7 +73,8 @@ class _Recomputed:
         head.product(tile, weight, hidden, start)
         logits = head.logits(tile, None if self.spare is None else tile_of(self.spare, *tile.shape))
         c = self.c[first:last]
-        probs = exp_(logits.sub_(self.lse[first - self.begin : last - self.begin])).mul_(c.prob)
+        mine = slice(first - self.begin, last - self.begin)
+        probs = exp_(logits.sub_(self.max[mine])).mul_(self.prob[mine])
         return head.gradient(probs, tile, c, self.hits[block][chunk], start)
 
     def by_rows(self, out: Grads, weight: bool) -> None:
@@ -114,7 +114,11 @@ def new_grads(problem: Problem, rows: Rows, needs: Needs) -> Grads:
     options = {"dtype": problem.hidden.dtype, "device": problem.hidden.device}
     hidden = make(problem.hidden.shape, **options) if needs.hidden else None
     weight = make(problem.weight.shape, **options) if needs.weight else None
-    bias = torch.zeros(problem.bias.shape, **options) if needs.bias and problem.bias is not None else None
+    bias = (
+        torch.zeros_like(problem.bias, memory_format=torch.contiguous_format)
+        if needs.bias and problem.bias is not None
+        else None
+    )
     return Grads(hidden, weight, bias)
 
 

@@ -14,7 +14,7 @@ from .combine import local_class_weight, log_sum_exp, mask_ignored
 from .held import held
 from .plan import make_plan
 from .rows import Rows, coefficients, select
-from .spec import Grads, Needs, Partials, Problem, RowGrads, Stats
+from .spec import Grads, Needs, Norm, Partials, Problem, RowGrads, Stats
 from .sweeps import new_grads, recompute, sweep
 from .tile import Sums, concatenate, partials
 
@@ -36,35 +36,35 @@ def forward(problem: Problem) -> Stats:
     return _stats(problem, rows, concatenate(sweep(problem, rows), problem))
 
 
-def backward(problem: Problem, lse: Tensor, grads: RowGrads, needs: Needs) -> Grads:
-    """Gradients from lse (N,) (of the whole vocabulary, for a shard), recomputing the logits tile by tile."""
+def backward(problem: Problem, norm: Norm, grads: RowGrads, needs: Needs) -> Grads:
+    """Gradients from the norm (N,) (of the whole vocabulary, for a shard), recomputing the logits tile by tile."""
     _check(problem)
     rows, needs = select(problem), _possible(problem, needs)
-    found = _from_lse(problem, rows, lse, grads, needs)
-    if rows.index is None or problem.shard or _finite(lse, found):
+    found = _from_norm(problem, rows, norm, grads, needs)
+    if rows.index is None or problem.shard or _finite(norm, found):
         return found
     return _both(problem, select(problem, every=True), grads, needs)[1]
 
 
-def _from_lse(problem: Problem, rows: Rows, lse: Tensor, grads: RowGrads, needs: Needs) -> Grads:
+def _from_norm(problem: Problem, rows: Rows, norm: Norm, grads: RowGrads, needs: Needs) -> Grads:
     if not any(needs):
         return Grads(None, None, None)
     c = coefficients(problem, rows, grads)
     out = new_grads(problem, rows, needs)
     if rows.count:
-        recompute(problem, rows, rows.take(lse, 0, lse.shape[0]), c, needs, out)
+        recompute(problem, rows, Norm(*(rows.take(t, 0, t.shape[0]) for t in norm)), c, needs, out)
     rows.clear_skipped(out.hidden)
     return out
 
 
-def _finite(lse: Tensor, grads: Grads) -> bool:
+def _finite(norm: Norm, grads: Grads) -> bool:
     """Whether nothing here hints at a weight that is not finite.
 
     Such a weight makes the gradients of ignored rows NaN in a dense loss (0 * NaN), and through them the others; then
     they are computed again with no row left out.
     """
-    found = (lse, *(g for g in (grads.hidden, grads.bias) if g is not None))
-    return all(bool(t.sum(dtype=lse.dtype).isfinite()) for t in found)
+    found = (*norm, *(g for g in (grads.hidden, grads.bias) if g is not None))
+    return all(bool(t.sum(dtype=norm.max.dtype).isfinite()) for t in found)
 
 
 def forward_backward(problem: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
@@ -73,7 +73,7 @@ def forward_backward(problem: Problem, grads: RowGrads, needs: Needs) -> tuple[S
     _whole_vocabulary(problem)
     rows = select(problem)
     stats, found = _both(problem, rows, grads, _possible(problem, needs))
-    if rows.index is None or _finite(stats.lse, found):
+    if rows.index is None or _finite(stats.norm, found):
         return stats, found
     return stats, _both(problem, select(problem, every=True), grads, _possible(problem, needs))[1]
 
@@ -88,8 +88,7 @@ def _both(problem: Problem, rows: Rows, grads: RowGrads, needs: Needs) -> tuple[
         blocks += sweep(problem, rows, done)
     sums = concatenate(blocks, problem)
     if done < rows.count:
-        lse = log_sum_exp(sums.max[done:], sums.sumexp[done:].log())
-        recompute(problem, rows, lse, c, needs, out, done)
+        recompute(problem, rows, Norm(sums.max[done:], sums.sumexp[done:]), c, needs, out, done)
     rows.clear_skipped(out.hidden)
     return _stats(problem, rows, sums), out
 
@@ -126,7 +125,8 @@ def _stats(problem: Problem, rows: Rows, sums: Sums) -> Stats:
         smooth = (_local_weight(problem) * log_sum.double() - sums.smooth.double()).to(nll.dtype)
         smooth = _spread(smooth, rows, problem)
     lse = log_sum_exp(sums.max, log_sum)
-    return mask_ignored(Stats(_spread(nll, rows, problem), _spread(lse, rows, problem), smooth), problem)
+    nll, lse, highest, sumexp = (_spread(t, rows, problem) for t in (nll, lse, sums.max, sums.sumexp))
+    return mask_ignored(Stats(nll, lse, smooth, highest, sumexp), problem)
 
 
 def _spread(values: Tensor, rows: Rows, problem: Problem) -> Tensor:

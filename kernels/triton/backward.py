@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from ..spec import Grads, Needs, Problem, RowGrads, Stats
+from ..spec import Grads, Needs, Norm, Problem, RowGrads, Stats
 from .chunked import chunked, held
 from .cost import make_plan
 from .filtering import Filter, make_filter
@@ -17,7 +16,7 @@ from .sweep import forward
 
 def backward(
     problem: Problem,
-    lse: Tensor,
+    norm: Norm,
     grads: RowGrads,
     needs: Needs,
     *,
@@ -26,7 +25,7 @@ def backward(
     products: str = "auto",
     report: list[Filter] | None = None,
 ) -> Grads:
-    """Gradients of sum(grads * stats), from lse (N,) (of the whole vocabulary, for a shard).
+    """Gradients of sum(grads * stats), from the norm (N,) (of the whole vocabulary, for a shard).
 
     Args:
         deterministic: has no effect, as every strategy repeats bit by bit; see `cost` for why.
@@ -43,7 +42,7 @@ def backward(
     plan = make_plan(head, needs, strategy, products=products)
     if not any(needs) or 0 in (head.n, head.v, head.d):
         return _zeros(problem, needs)
-    rows, found = select(problem, lse, grads), make_filter(problem)
+    rows, found = select(problem, norm, grads), make_filter(problem)
     out = (
         recompute(head, rows, needs, found) if plan.strategy == "recompute" else chunked(head, rows, needs, plan, found)
     )
@@ -68,11 +67,11 @@ def forward_backward(
         head = make_head(problem)
         plan = make_plan(head, possible, strategy, with_stats=True, products=products)
         if plan.strategy == "held":
-            rows = select(problem, torch.zeros_like(grads.nll), grads)
+            rows = select(problem, grads=grads)
             return held(head, rows, possible, plan)
     stats = forward(problem)
     options = {"deterministic": deterministic, "strategy": strategy, "products": products}
-    return stats, backward(problem, stats.lse, grads, possible, report=report, **options)
+    return stats, backward(problem, stats.norm, grads, possible, report=report, **options)
 
 
 def _zeros(problem: Problem, needs: Needs) -> Grads:

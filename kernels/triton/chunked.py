@@ -54,7 +54,7 @@ def held(head: Head, rows: Rows, needs: Needs, plan: Plan) -> tuple[Stats, Grads
     parts = hold(head, rows, s)
     stats = join(head, rows, parts)
     assert parts[0] is not None
-    release(head, rows, s, parts[0], stats.lse)
+    release(head, rows, s, parts[0], stats.norm)
     if d_hidden is not None:
         into_hidden(head, rows, s, None, (0, 0, head.v), None, d_hidden, True)
     if d_weight is not None:
@@ -80,7 +80,7 @@ def _outputs(head: Head, needs: Needs) -> tuple[Tensor | None, Tensor | None, Te
         # Rows that are not computed keep these zeros.
         torch.zeros(p.hidden.shape, dtype=dtype, device=device) if needs.hidden else None,
         torch.empty(p.weight.shape, dtype=dtype, device=device) if needs.weight else None,
-        torch.empty(p.bias.shape, dtype=dtype, device=device) if needs.bias and p.bias is not None else None,
+        torch.empty(p.bias.shape, dtype=p.bias.dtype, device=device) if needs.bias and p.bias is not None else None,
     )
 
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..combine import local_class_weight, statistics_dtype
-from ..spec import Problem
+from ..spec import Partials, Problem
 from .device import machine_of, recording
 from .machines import Config, Machine
 from .rows import Rows
@@ -106,7 +106,7 @@ def _tune(problem: Problem, machine: Machine, config: Config, weights: Tensor | 
     p = replace(problem, hidden=problem.hidden[:2048], target=problem.target[:2048], tune=False)
     key = (machine.name, p.hidden.dtype, *p.weight.shape, p.smooth, p.epilogue.softcap is None, p.bias is None)
     tiles = tiles_to_try(machine, p.hidden.dtype)
-    return tuned(config, tiles, key, lambda config: run(Head(p, machine, config, weights), stats=False))
+    return tuned(config, tiles, key, lambda config: run(Head(p, machine, config, weights), Partials))
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -36,7 +36,7 @@ def _hidden_gradient(
     index,
     column,
     state,
-    lse,
+    highest,
     prob,
     hit,
     uniform,
@@ -74,7 +74,7 @@ def _hidden_gradient(
         return
     place = block * OWN + tl.arange(0, OWN)
     kept = place < count
-    row, target, row_lse, p, h, u = rows_at(place, kept, index, column, lse, prob, hit, uniform)
+    row, target, row_top, p, h, u = rows_at(place, kept, index, column, highest, prob, hit, uniform)
     hidden_rows = hidden + row.to(tl.int64) * stride_hn
     d = part * WIDTH + tl.arange(0, WIDTH)
     out = tl.zeros((OWN, WIDTH), dtype=ACC)
@@ -86,7 +86,7 @@ def _hidden_gradient(
             hidden_rows, weight_rows, D, stride_hd, stride_wd, OWN, OTHER, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
         )
         dx = gradient(
-            x, bias, class_weight, c[None, :], target[:, None], row_lse[:, None], p[:, None], h[:, None], u[:, None],
+            x, bias, class_weight, c[None, :], target[:, None], row_top[:, None], p[:, None], h[:, None], u[:, None],
             None if EVEN_COLS else inside[None, :], INNER, OUTER, CAPPED, uniform is not None,
         )  # fmt: skip
         at = weight_rows[:, None] + (d.to(tl.int64) * stride_wd)[None, :]
@@ -127,7 +127,7 @@ def _weight_gradient(
     index,
     column,
     state,
-    lse,
+    highest,
     prob,
     hit,
     uniform,
@@ -171,13 +171,13 @@ def _weight_gradient(
     for start in range(0, count, OTHER):
         place = start + tl.arange(0, OTHER)
         kept = place < count
-        row, target, row_lse, p, h, u = rows_at(place, kept, index, column, lse, prob, hit, uniform)
+        row, target, row_top, p, h, u = rows_at(place, kept, index, column, highest, prob, hit, uniform)
         hidden_rows = hidden + row.to(tl.int64) * stride_hn
         x = product(
             weight_rows, hidden_rows, D, stride_wd, stride_hd, OWN, OTHER, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
         )
         dx = gradient(
-            x, bias, class_weight, c[:, None], target[None, :], row_lse[None, :], p[None, :], h[None, :], u[None, :],
+            x, bias, class_weight, c[:, None], target[None, :], row_top[None, :], p[None, :], h[None, :], u[None, :],
             None if EVEN_COLS else inside[:, None], INNER, OUTER, CAPPED, uniform is not None,
         )  # fmt: skip
         keep = True
@@ -245,7 +245,7 @@ def _launch(
         f.options,
         **head.args(rows),
         **outputs,
-        lse=rows.lse,
+        highest=rows.max,
         prob=rows.prob,
         hit=rows.hit,
         uniform=rows.uniform,

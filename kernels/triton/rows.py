@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..combine import statistics_dtype, total_weight
-from ..spec import Problem, RowGrads
+from ..spec import Norm, Problem, RowGrads
 from .device import launch
 
 
@@ -24,14 +24,15 @@ from .device import launch
 class Rows:
     """The kept rows, in order, at the front of (N,) buffers whose rest is undefined, or 0 for the coefficients.
 
-    dx_ic = prob_i p_ic - hit_i [c = column_i] - uniform_i w_c for the product x before the epilogue (softcap aside).
+    dx_ic = prob_i exp(z_ic - max_i) - hit_i [c = column_i] - uniform_i w_c, for the product x before the epilogue
+    (softcap aside).
     """
 
     index: Tensor  # (N,) int32, their numbers
     column: Tensor  # (N,) int32, the target among this shard's columns, or -1
     state: Tensor  # (2,) int32: how many are kept; 1 if every target is a class or ignored, else 0
-    lse: Tensor | None = None  # (N,)
-    prob: Tensor | None = None  # (N,)
+    max: Tensor | None = None  # (N,) largest logit, where the norm is known
+    prob: Tensor | None = None  # (N,) divided by sumexp, where the norm is known
     hit: Tensor | None = None  # (N,)
     uniform: Tensor | None = None  # (N,), None where `smooth` has no gradient
     unit: Tensor | None = None  # (1,) what every gradient still has to be multiplied by; None is 1
@@ -41,7 +42,8 @@ class Rows:
 def _select(
     target,
     row_sum,
-    lse,
+    row_max,
+    row_sumexp,
     grad_nll,
     grad_lse,
     grad_smooth,
@@ -49,7 +51,7 @@ def _select(
     index,
     column,
     state,
-    kept_lse,
+    kept_max,
     prob,
     hit,
     uniform,
@@ -99,16 +101,18 @@ def _select(
                 tl.store(uniform + place, u, mask=keep)
             # An ignored row with a hidden state that is not finite: 0 * NaN in a dense loss.
             p = tl.where(poisoned, float("nan"), p)
+            if row_max is not None:
+                p /= tl.load(row_sumexp + row, mask=keep, other=1.0)
+                tl.store(kept_max + place, tl.load(row_max + row, mask=keep, other=0.0), mask=keep)
             tl.store(prob + place, p, mask=keep)
             tl.store(hit + place, a, mask=keep)
-            tl.store(kept_lse + place, tl.load(lse + row, mask=keep, other=0.0), mask=keep)
         count += tl.sum(kept)
     tl.store(state, count)
     tl.store(state + 1, (wrong == 0).to(tl.int32))
 
 
-def select(problem: Problem, lse: Tensor | None = None, grads: RowGrads | None = None) -> Rows:
-    """The rows of `problem` to compute; with lse (N,) and `grads`, their coefficients too.
+def select(problem: Problem, norm: Norm | None = None, grads: RowGrads | None = None) -> Rows:
+    """The rows of `problem` to compute; with `grads` (N,), their coefficients too.
 
     A target that is neither a class nor ignored raises IndexError on the CPU, and fails a device-side assertion on a
     GPU, as eager does. In the gradient, an ignored row whose hidden state is not finite is kept and makes every
@@ -118,17 +122,17 @@ def select(problem: Problem, lse: Tensor | None = None, grads: RowGrads | None =
     dtype = statistics_dtype(p.hidden.dtype)
     index, column = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
     state = torch.empty(2, dtype=torch.int32, device=device)
-    kept_lse = prob = hit = uniform = total = row_sum = unit = None
+    row_max = row_sumexp = kept_max = prob = hit = uniform = total = row_sum = unit = None
     grad_nll = grad_lse = grad_smooth = None
     if grads is not None:
-        assert lse is not None
         smooth = p.smooth and grads.smooth is not None
         coefficients = torch.zeros(3 if smooth else 2, n, dtype=dtype, device=device)
         prob, hit = coefficients[0], coefficients[1]
         grad_nll = grads.nll.to(dtype).contiguous()
         grad_lse = None if grads.lse is None else grads.lse.to(dtype).contiguous()
-        kept_lse = torch.empty(n, dtype=dtype, device=device)
-        lse = lse.to(dtype).contiguous()
+        if norm is not None:
+            kept_max = torch.empty(n, dtype=dtype, device=device)
+            row_max, row_sumexp = (t.to(dtype).contiguous() for t in norm)
         if smooth:
             assert grads.smooth is not None
             uniform, grad_smooth = coefficients[2], grads.smooth.to(dtype).contiguous()
@@ -145,7 +149,8 @@ def select(problem: Problem, lse: Tensor | None = None, grads: RowGrads | None =
         {"num_warps": 4},
         target=p.target.contiguous(),
         row_sum=row_sum,
-        lse=lse,
+        row_max=row_max,
+        row_sumexp=row_sumexp,
         grad_nll=grad_nll,
         grad_lse=grad_lse,
         grad_smooth=grad_smooth,
@@ -153,7 +158,7 @@ def select(problem: Problem, lse: Tensor | None = None, grads: RowGrads | None =
         index=index,
         column=column,
         state=state,
-        kept_lse=kept_lse,
+        kept_max=kept_max,
         prob=prob,
         hit=hit,
         uniform=uniform,
@@ -174,7 +179,7 @@ def select(problem: Problem, lse: Tensor | None = None, grads: RowGrads | None =
         largest = coefficients.abs().nan_to_num(0.0, 0.0, 0.0).amax()
         unit = torch.exp2(torch.floor(torch.log2(largest.clamp_min(2.0**-60)))).reshape(1)
         coefficients /= unit
-    return Rows(index, column, state, kept_lse, prob, hit, uniform, unit)
+    return Rows(index, column, state, kept_max, prob, hit, uniform, unit)
 
 
 def _check(problem: Problem, state: Tensor) -> None:

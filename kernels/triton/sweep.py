@@ -6,6 +6,8 @@ its part; a second kernel adds the parts of a row in their order. No locks and n
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 import triton
 import triton.language as tl
@@ -17,6 +19,8 @@ from .device import launch
 from .head import Head, cdiv, make_head
 from .rows import Rows, select
 from .tile import columns, logits, product, swizzle
+
+Sums = TypeVar("Sums", Partials, Stats)
 
 
 @triton.jit
@@ -122,8 +126,10 @@ def _join(
     part_smooth,
     part_weight,  # (splits,)
     total_weight,  # (1,) or None
-    out_max,  # (N,) nll, where STATS
-    out_sum,  # (N,) lse, where STATS
+    out_nll,  # (N,), or None where not STATS
+    out_lse,  # (N,), or None where not STATS
+    out_max,  # (N,)
+    out_sum,
     out_target,  # (N,), or None where STATS
     out_smooth,
     N,
@@ -175,13 +181,15 @@ def _join(
             smooth = tl.where(ignored, 0.0, smooth)
             if SKIP:
                 lse = tl.where(ignored, 0.0, lse)
-        tl.store(out_max + row, nll, mask=kept)
-        tl.store(out_sum + row, lse, mask=kept)
+                highest = tl.where(ignored, 0.0, highest)
+                total = tl.where(ignored, 0.0, total)
+        tl.store(out_nll + row, nll, mask=kept)
+        tl.store(out_lse + row, lse, mask=kept)
     else:
         smooth += weights * shift
-        tl.store(out_max + row, highest, mask=kept)
-        tl.store(out_sum + row, total, mask=kept)
         tl.store(out_target + row, at_target, mask=kept)
+    tl.store(out_max + row, highest, mask=kept)
+    tl.store(out_sum + row, total, mask=kept)
     if SMOOTH:
         tl.store(out_smooth + row, smooth, mask=kept)
 
@@ -198,19 +206,18 @@ def splits_of(head: Head) -> int:
     return max(1, min(wanted, tiles // 4))
 
 
-def run(head: Head, stats: bool) -> list[Tensor]:
-    """nll, lse, smooth, or the partial sums max, sumexp, target_logit, smooth."""
+def run(head: Head, kind: type[Sums]) -> Sums:
+    """Stats or Partials of `head`."""
     if not head.n:
-        return _empty(head, stats)
+        return _empty(head, kind)
     rows = select(head.problem)
-    return _join_parts(head, rows, _parts(head, rows), stats)
+    return _join_parts(head, rows, _parts(head, rows), kind)
 
 
-def _empty(head: Head, stats: bool) -> list[Tensor]:
-    """Outputs, with the zeros that rows not computed keep: nll, lse, smooth, or max, sumexp, target_logit, smooth."""
-    n, device = head.n, head.problem.hidden.device
-    out = [torch.zeros(n, dtype=head.dtype, device=device) for _ in range(2 if stats else 3)]
-    return [*out, torch.zeros(n if head.problem.smooth else 0, dtype=head.dtype, device=device)]
+def _empty(head: Head, kind: type[Sums]) -> Sums:
+    """Stats or Partials with the zeros that rows not computed keep."""
+    sizes = dict.fromkeys(kind._fields, head.n) | {"smooth": head.n if head.problem.smooth else 0}
+    return kind(**{n: torch.zeros(s, dtype=head.dtype, device=head.problem.hidden.device) for n, s in sizes.items()})
 
 
 def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
@@ -254,12 +261,12 @@ def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
 
 def join(head: Head, rows: Rows, parts: list[Tensor | None]) -> Stats:
     """Stats (N,) from the parts of the vocabulary (parts, N), added in their order."""
-    return Stats(*_join_parts(head, rows, parts, True))
+    return _join_parts(head, rows, parts, Stats)
 
 
-def _join_parts(head: Head, rows: Rows, parts: list[Tensor | None], stats: bool) -> list[Tensor]:
-    out = _empty(head, stats)
-    p = head.problem
+def _join_parts(head: Head, rows: Rows, parts: list[Tensor | None], kind: type[Sums]) -> Sums:
+    out = _empty(head, kind)
+    p, stats = head.problem, kind is Stats
     total = None
     if stats and p.smooth:
         weight = total_weight(p)
@@ -283,10 +290,12 @@ def _join_parts(head: Head, rows: Rows, parts: list[Tensor | None], stats: bool)
         part_smooth=parts[3],
         part_weight=parts[4],
         total_weight=total,
-        out_max=out[0],
-        out_sum=out[1],
-        out_target=None if stats else out[2],
-        out_smooth=out[-1] if p.smooth else None,
+        out_nll=getattr(out, "nll", None),
+        out_lse=getattr(out, "lse", None),
+        out_max=out.max,
+        out_sum=out.sumexp,
+        out_target=getattr(out, "target_logit", None),
+        out_smooth=out.smooth if p.smooth else None,
         N=head.n,
         splits=parts[0].shape[0],
         ignore_index=p.ignore_index if p.ignore_index is not None else 0,
@@ -302,7 +311,7 @@ def _join_parts(head: Head, rows: Rows, parts: list[Tensor | None], stats: bool)
 
 def partial(problem: Problem) -> Partials:
     """Per-row sums (N,) over the columns of this shard, in float32 (float64 for float64). See `rows.select` for errors."""
-    return Partials(*run(make_head(problem), stats=False))
+    return run(make_head(problem), Partials)
 
 
 def forward(problem: Problem) -> Stats:
@@ -312,4 +321,4 @@ def forward(problem: Problem) -> Stats:
     """
     if problem.shard is not None:
         raise ValueError("forward needs the whole vocabulary; combine the partials of all shards instead")
-    return Stats(*run(make_head(problem), stats=True))
+    return run(make_head(problem), Stats)

@@ -119,7 +119,7 @@ def gradient(
     class_weight,
     column,
     target,
-    lse,
+    highest,
     prob,
     hit,
     uniform,
@@ -131,12 +131,12 @@ def gradient(
 ):
     """The loss's gradient with respect to the products x; every other argument broadcasts against x.
 
-    `inside` says which classes exist, None if all do. Rows past the end need no mask: `rows_at` gives them an lse of
+    `inside` says which classes exist, None if all do. Rows past the end need no mask: `rows_at` gives them a maximum of
     +inf and coefficients of 0.
     (softmax - onehot) of arXiv 2411.09009, section 4.2, with the coefficients of `rows.Rows`.
     """
     z, t = logits(x, bias, column, INNER, OUTER, CAPPED)
-    out = tl.exp(z - lse) * prob
+    out = tl.exp(z - highest) * prob
     out = tl.where(column == target, out - hit, out)
     if SMOOTH:
         if class_weight is not None:
@@ -162,10 +162,10 @@ def swizzle(pid, rows, cols, GROUP):
 
 
 @triton.jit
-def rows_at(place, kept, index, column, lse, prob, hit, uniform):
-    """What the gradient needs of the rows at `place` (R,): number, target column, lse, coefficients.
+def rows_at(place, kept, index, column, highest, prob, hit, uniform):
+    """What the gradient needs of the rows at `place` (R,): number, target column, largest logit, coefficients.
 
-    Past the end: row 0, no target, an lse of +inf whose probabilities are 0, and coefficients of 0.
+    Past the end: row 0, no target, a maximum of +inf whose probabilities are 0, and coefficients of 0.
     """
     row = tl.load(index + place, mask=kept, other=0)
     target = tl.load(column + place, mask=kept, other=-1)
@@ -174,7 +174,7 @@ def rows_at(place, kept, index, column, lse, prob, hit, uniform):
     return (
         row,
         target,
-        tl.load(lse + place, mask=kept, other=float("inf")),
+        tl.load(highest + place, mask=kept, other=float("inf")),
         tl.load(prob + place, mask=kept, other=0.0),
         tl.load(hit + place, mask=kept, other=0.0),
         tl.load(u + place, mask=kept, other=0.0),
@@ -183,7 +183,7 @@ def rows_at(place, kept, index, column, lse, prob, hit, uniform):
 
 @triton.jit
 def negligible(dx, prob, hit, eps):
-    """Whether a tile's gradient is nowhere above eps of its row's coefficient; prob and hit broadcast against dx.
+    """Whether a tile's gradient is nowhere above eps of its row's coefficients; prob and hit broadcast against dx.
 
     The block filter of arXiv 2411.09009, section 4.3. Written so that a NaN is never negligible.
     """

@@ -1,8 +1,8 @@
 """Tiles of the logits' gradient, written to scratch memory for the two products of the chunked backward.
 
-`write_gradient` recomputes them from lse. `hold` and `release` are the pair that computes each tile once: the first
+`write_gradient` recomputes them from the norm. `hold` and `release` are the pair that computes each tile once: the first
 writes exp(z - max) with the tile's own maximum, so that rounding to the inputs' dtype costs a relative 2^-9 and not the
-absolute error of a rounded logit; the second turns that into the gradient when lse is known.
+absolute error of a rounded logit; the second turns that into the gradient when the norm is known.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..spec import Norm
 from .device import launch
 from .filtering import Filter
 from .head import Head, cdiv
@@ -71,7 +72,7 @@ def _write_gradient(
     index,
     column,
     state,
-    lse,
+    highest,
     prob,
     hit,
     uniform,
@@ -116,7 +117,7 @@ def _write_gradient(
         return
     place = start + tl.arange(0, ROWS)
     kept = place < count
-    row, target, row_lse, p, h, u = rows_at(place, kept, index, column, lse, prob, hit, uniform)
+    row, target, row_top, p, h, u = rows_at(place, kept, index, column, highest, prob, hit, uniform)
     c, inside, _ = columns(first_tile + tile, order, V, COLS, EVEN_COLS, ORDERED)
     hidden_rows = hidden + row.to(tl.int64) * stride_hn
     weight_rows = weight + c.to(tl.int64) * stride_wv
@@ -124,7 +125,7 @@ def _write_gradient(
         hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
     )
     dx = gradient(
-        x, bias, class_weight, c[None, :], target[:, None], row_lse[:, None], p[:, None], h[:, None], u[:, None],
+        x, bias, class_weight, c[None, :], target[:, None], row_top[:, None], p[:, None], h[:, None], u[:, None],
         None if EVEN_COLS else inside[None, :], INNER, OUTER, CAPPED, uniform is not None,
     )  # fmt: skip
     at = tile * COLS + tl.arange(0, COLS)
@@ -225,7 +226,8 @@ def _release(
     index,
     column,
     state,
-    lse,  # (N,) by row
+    row_max,  # (N,) by row
+    row_sumexp,
     prob,
     hit,
     uniform,
@@ -254,7 +256,8 @@ def _release(
     tile = piece * COLS // TILE
     highest = tl.load(part_max + tile * tl.full((), N, tl.int64) + place, mask=kept, other=0.0)
     highest = tl.where(highest == float("-inf"), 0.0, highest)
-    scale = tl.exp(highest - tl.load(lse + row, mask=kept, other=0.0)) * p
+    scale = tl.exp(highest - tl.load(row_max + row, mask=kept, other=0.0)) * p
+    scale /= tl.load(row_sumexp + row, mask=kept, other=1.0)
     c, inside, at = columns(piece, None, V, COLS, EVEN_COLS, False)
     line = row if BY_ROW else place
     mask = kept[:, None] & inside[None, :]
@@ -283,7 +286,7 @@ def write_gradient(head: Head, rows: Rows, s: Scratch, found: Filter | None, pla
         (blocks * tiles,),
         t.options,
         **head.args(rows),
-        lse=rows.lse,
+        highest=rows.max,
         prob=rows.prob,
         hit=rows.hit,
         uniform=rows.uniform,
@@ -346,8 +349,8 @@ def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
     return parts
 
 
-def release(head: Head, rows: Rows, s: Scratch, part_max: Tensor, lse: Tensor) -> None:
-    """Turn what `hold` left in `s` into the gradient, with lse (N,)."""
+def release(head: Head, rows: Rows, s: Scratch, part_max: Tensor, norm: Norm) -> None:
+    """Turn what `hold` left in `s` into the gradient, with the norm (N,)."""
     args, tile = head.args(rows), head.config.logits.cols
     r = Tile(RELEASE_ROWS, min(64, tile), 0, 4, 1)
     blocks, pieces = cdiv(head.n, r.rows), cdiv(head.v, r.cols)
@@ -358,7 +361,8 @@ def release(head: Head, rows: Rows, s: Scratch, part_max: Tensor, lse: Tensor) -
         (blocks * pieces,),
         {"num_warps": r.warps},
         **{name: args[name] for name in shared},
-        lse=lse,
+        row_max=norm.max,
+        row_sumexp=norm.sumexp,
         prob=rows.prob,
         hit=rows.hit,
         uniform=rows.uniform,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from benchmarks.measure import peak_bytes
 from cce_fx.kernels import reference, tiled
 from cce_fx.kernels.spec import Epilogue, Grads, Needs, Problem, RowGrads, Shard, Stats
-from tests.kernels.contract import ALL, assert_as_good, check, gradient_terms, problems, small, smooth_terms, tensor
+from tests.kernels.contract import ALL, assert_as_good, check, gradient_terms, problems, small, stats_terms, tensor
 
 
 @settings(max_examples=150, deadline=None)
@@ -57,7 +57,7 @@ def test_all_rows_ignored_gives_zeros_whatever_the_row_gradients():
     problem = small(target=torch.full((6,), -100))
     nan = torch.full((6,), torch.nan)
     stats, grads = tiled.forward_backward(problem, RowGrads(nan), ALL)
-    again = tiled.backward(problem, stats.lse, RowGrads(nan), ALL)
+    again = tiled.backward(problem, stats.norm, RowGrads(nan), ALL)
     for t in (stats.nll, stats.lse, grads.hidden, grads.weight, again.hidden, again.weight):
         assert not t.any()
 
@@ -108,8 +108,8 @@ def test_shards_combine_to_the_whole(drawn, cuts):
     dense_stats, dense_grads = reference.forward_backward(problem, grads, ALL, problem.hidden.dtype)
     stats = tiled.finish(tiled.combine([tiled.partial(s) for s in shards]), shards[0])
     for name, a, b, c in zip(Stats._fields, stats, exact_stats, dense_stats, strict=True):
-        assert_as_good(a, b, c, name, smooth_terms(problem, exact_stats) if name == "smooth" else 0.0)
-    parts = [tiled.backward(s, stats.lse, grads, ALL) for s in shards]
+        assert_as_good(a, b, c, name, stats_terms(problem, exact_stats, name, sharded=True))
+    parts = [tiled.backward(s, stats.norm, grads, ALL) for s in shards]
     weight = torch.cat([p.weight for p in parts])
     terms = gradient_terms(problem, grads, "weight")
     assert_as_good(weight, exact_grads.weight, dense_grads.weight, "weight", terms)
@@ -175,7 +175,8 @@ def test_results_repeat_bit_by_bit():
 def test_unwanted_gradients_are_none():
     problem, rows = small(bias=torch.randn(11)), RowGrads(torch.ones(6))
     for needs in (Needs(*wanted) for wanted in product((False, True), repeat=3)):
-        for grads in (tiled.forward_backward(problem, rows, needs)[1], tiled.backward(problem, rows.nll, rows, needs)):
+        norm = tiled.forward(problem).norm
+        for grads in (tiled.forward_backward(problem, rows, needs)[1], tiled.backward(problem, norm, rows, needs)):
             assert isinstance(grads, Grads) and tuple(g is not None for g in grads) == tuple(needs)
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter takes the compiler's place in this process", allow_module_level=True)
 
-from cce_fx.kernels.spec import Epilogue, Needs, Problem, RowGrads
+from cce_fx.kernels.spec import Epilogue, Needs, Norm, Problem, RowGrads
 from cce_fx.kernels.triton import aot, backward, forward, forward_backward
 from cce_fx.kernels.triton.device import Launch, record
 from cce_fx.kernels.triton.machines import BY_ARCH, Machine
@@ -37,12 +37,12 @@ def launches(
         target=meta(n, dtype=torch.int64),
         **{"bias": None, "ignore_index": -100, "skip_ignored": True, **how},  # type: ignore[arg-type]
     )
-    lse = meta(n, dtype=torch.float32)
+    row = meta(n, dtype=torch.float32)
     with record(machine) as found:
         forward(problem)
         for strategy, products in (("recompute", "auto"), ("chunked", "auto"), ("chunked", "triton")):
-            backward(problem, lse, RowGrads(lse), Needs(), strategy=strategy, products=products)
-            forward_backward(problem, RowGrads(lse), Needs(), strategy=strategy, products=products)
+            backward(problem, Norm(row, row), RowGrads(row), Needs(), strategy=strategy, products=products)
+            forward_backward(problem, RowGrads(row), Needs(), strategy=strategy, products=products)
     # One of each kernel and layout of the scratch; the last piece of several, whose masks differ, comes last.
     return list({(x.kernel.__name__, x.args.get("BY_ROW")): x for x in found}.values())
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from cce_fx.kernels import reference, tiled, triton
 from cce_fx.kernels.combine import combine, finish
-from cce_fx.kernels.spec import Epilogue, Grads, Needs, Problem, RowGrads, Shard, Stats
-from tests.kernels.contract import ALL, assert_as_good, check, gradient_terms, problems, small, smooth_terms, tensor
+from cce_fx.kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads, Shard, Stats
+from tests.kernels.contract import ALL, assert_as_good, check, gradient_terms, problems, small, stats_terms, tensor
 
 HOW = [
     {"strategy": "recompute"},
@@ -91,11 +91,9 @@ def test_one_two_and_three_shards_combine_to_the_whole(drawn, cuts):
     dense_stats, dense_grads = reference.forward_backward(problem, grads, ALL, problem.hidden.dtype)
     stats = finish(combine([triton.partial(s) for s in shards]), shards[0])
     for name, a, b, c in zip(Stats._fields, stats, exact_stats, dense_stats, strict=True):
-        assert_as_good(a, b, c, name, smooth_terms(problem, exact_stats) if name == "smooth" else 0.0)
-    parts = [triton.backward(s, stats.lse, grads, ALL) for s in shards]
-    terms = gradient_terms(problem, grads, "weight") * max(
-        1.0, float(stats.lse.abs().max()) / 8 if len(stats.lse) else 1
-    )
+        assert_as_good(a, b, c, name, stats_terms(problem, exact_stats, name, sharded=True))
+    parts = [triton.backward(s, stats.norm, grads, ALL) for s in shards]
+    terms = gradient_terms(problem, grads, "weight")
     assert_as_good(torch.cat([p.weight for p in parts]), exact_grads.weight, dense_grads.weight, "weight", terms)
 
 
@@ -138,6 +136,6 @@ def test_unwanted_gradients_are_none(how):
             needs = Needs(hidden, weight, not weight)
             for grads in (
                 triton.forward_backward(problem, rows, needs, **how)[1],
-                triton.backward(problem, rows.nll, rows, needs, **how),
+                triton.backward(problem, Norm(rows.nll, rows.nll), rows, needs, **how),
             ):
                 assert isinstance(grads, Grads) and tuple(g is not None for g in grads) == tuple(needs)

@@ -25,10 +25,10 @@ def peaked(dtype: torch.dtype = torch.float32) -> Problem:
 
 
 def run(p: Problem, strategy: str) -> tuple[Grads, Grads, triton.Filter]:
-    lse, grads = triton.forward(p).lse, RowGrads(torch.linspace(0.5, 1, p.hidden.shape[0]))
-    exact = triton.backward(replace(p, filter_eps=None), lse, grads, ALL, strategy=strategy)
+    norm, grads = triton.forward(p).norm, RowGrads(torch.linspace(0.5, 1, p.hidden.shape[0]))
+    exact = triton.backward(replace(p, filter_eps=None), norm, grads, ALL, strategy=strategy)
     report: list[triton.Filter] = []
-    found = triton.backward(p, lse, grads, ALL, strategy=strategy, report=report)
+    found = triton.backward(p, norm, grads, ALL, strategy=strategy, report=report)
     assert len(report) == 1
     return exact, found, report[0]
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cce_fx.kernels import tiled, triton
-from cce_fx.kernels.spec import RowGrads, Shard
+from cce_fx.kernels.spec import Norm, RowGrads, Shard
 from tests.kernels.contract import ALL, check, small
 
 
@@ -41,7 +41,7 @@ def test_unknown_names_are_refused() -> None:
     p, rows = small(), RowGrads(torch.ones(6))
     for name in ("strategy", "products"):
         with pytest.raises(ValueError, match=f"{name} must be"):
-            triton.backward(p, rows.nll, rows, ALL, **{name: "fast"})
+            triton.backward(p, Norm(rows.nll, rows.nll), rows, ALL, **{name: "fast"})
 
 
 @pytest.mark.parametrize("strategy", ["recompute", "chunked"])
@@ -68,6 +68,6 @@ def test_a_tensor_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) 
 
 def test_deterministic_may_be_asked_for_or_not() -> None:
     p, rows = small(20, 16, 70), RowGrads(torch.ones(20))
-    lse = triton.forward(p).lse
-    first, second = (triton.backward(p, lse, rows, ALL, deterministic=wanted) for wanted in (True, False))
+    norm = triton.forward(p).norm
+    first, second = (triton.backward(p, norm, rows, ALL, deterministic=wanted) for wanted in (True, False))
     assert torch.equal(first.weight, second.weight) and torch.equal(first.hidden, second.hidden)
