@@ -17,7 +17,7 @@ from . import observe
 from .options import Options, split
 from .outputs import CutOutputs, cut_outputs, restore
 from .passes import fakes
-from .passes.pipeline import apply
+from .passes.pipeline import apply, source_digest
 
 log = logging.getLogger("cce_fx")
 
@@ -75,7 +75,8 @@ def _inductor(mode: str | None, rest: dict[str, Any]) -> Compiled:
         from torch._inductor.exc import InvalidCxxCompiler
 
         try:
-            return wrapper(gm, inputs)
+            with torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
+                return wrapper(gm, inputs)
         except InvalidCxxCompiler as error:
             raise RuntimeError(_NO_COMPILER) from error
         except torch._dynamo.exc.BackendCompilerFailed as error:
@@ -84,6 +85,14 @@ def _inductor(mode: str | None, rest: dict[str, Any]) -> Compiled:
             raise
 
     return compile_with_inductor
+
+
+def _cache_tag() -> str:
+    """What torch's caches on disk add to their keys: a graph with our operators is of this version of them.
+
+    Nothing else in a key tells it, and a compiled backward from before an operator changed would be run as it was.
+    """
+    return f"{torch.compiler.config.cache_key_tag} cce_fx {source_digest()}".strip()
 
 
 _NO_COMPILER = (

@@ -38,14 +38,11 @@ class HeadChain:
         hidden: (..., D), an output of the compiled graph; with its autograd graph where the program has one.
         inputs: what else `run` takes: weight, bias, symbolic sizes.
         run: `run(hidden, *inputs)` gives the logits.
-        rowwise: whether `run` maps each row of hidden to its row of logits, (..., D) to (..., V), so that blocks of rows
-            can be run alone.
     """
 
     hidden: Tensor
     inputs: tuple[Any, ...]
     run: GraphModule
-    rowwise: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -7,6 +7,7 @@ pass declines reads the logits and runs as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from .passes import Policy, fakes
 from .passes.pipeline import apply
-from .passes.rewriter import write_logits
+from .passes.rewriter import logits_of, write_logits, write_operands
 from .passes.trace import trace
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ def cut_loss(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], 
         return NotImplemented
     lazy.check_fresh()
     call = (func, _frozen(args), _frozen(tuple(kwargs.items())))
-    return _run(lazy, call, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)],
-                lambda gm, node, rest: _cut(lazy, gm, node, rest, func, args, kwargs))  # fmt: skip
+    made = _make(lazy, call, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)],
+                 lambda gm, node, rest: _cut(lazy, gm, node, rest, func, args, kwargs))  # fmt: skip
+    return NotImplemented if made is None else made.run()
 
 
 def read_rows(lazy: LazyLogits) -> Any:
@@ -39,28 +41,71 @@ def read_rows(lazy: LazyLogits) -> Any:
     if lazy.chain is None:
         return NotImplemented
     lazy.check_fresh()
-    return _run(lazy, ("rows",), [], lambda gm, node, _: _only_rows(gm, node))
+    made = _make(lazy, ("rows",), [], lambda gm, node, _: _only_rows(gm, node))
+    return NotImplemented if made is None else made.run()
 
 
-def _run(
+def row_source(lazy: LazyLogits) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """hidden (N, D), and what gives rows (R, D) of it their rows (R, V) of `lazy` (..., V); None where that is not known.
+
+    Without gradients.
+    """
+    if lazy.chain is None:
+        return None
+    lazy.check_fresh()
+    with torch.no_grad():
+        made = _make(lazy, ("operands",), [], _row_operands)
+        if made is None:
+            return None
+        hidden, weight, bias = made.run()
+    view = made.graph.meta["view"]
+    return hidden.flatten(0, -2), lambda rows: logits_of(view, lazy.dtype, rows, weight, bias)
+
+
+def _row_operands(gm: GraphModule, node: Node, rest: Iterator[Node]) -> GraphModule | None:
+    view = trace(gm.graph).views.get(node)
+    if view is None or view.class_dim != len(view.shape) - 1 or not write_operands(gm, view):
+        return None
+    gm.meta["view"] = view
+    return gm
+
+
+@dataclass(frozen=True)
+class _Made:
+    """A graph and what it is run on."""
+
+    graph: GraphModule
+    values: list[Any]
+
+    def run(self) -> Any:
+        with torch.autocast(self.values[0].device.type, enabled=False):
+            return self.graph(*self.values)
+
+
+def _make(
     lazy: LazyLogits, call: tuple[Any, ...], tensors: list[Tensor],
     finish: Callable[[GraphModule, Node, Iterator[Node]], GraphModule | None],
-) -> Any:  # fmt: skip
-    """Run what `finish` makes of the graph that computes `lazy`, its node, and nodes for `tensors`; made once for each kind."""
+) -> _Made | None:  # fmt: skip
+    """What `finish` makes of the graph that computes `lazy`, its node, and nodes for `tensors`; made once for each kind.
+
+    None where it makes nothing, or where lazy tensors were combined on the way.
+    """
     chain = lazy.chain
     assert chain is not None
+    if not all(_plain_arguments(op.args, dict(op.kwargs)) for op in lazy.ops):
+        return None
     recorded = [a for op in lazy.ops for a in op.args if isinstance(a, Tensor)]
     values = [chain.hidden, *chain.inputs, *recorded, *tensors]
     cache: dict[Any, GraphModule | None] = chain.run.meta.setdefault("cce_fx_losses", {})
     ops = tuple((op.func, _frozen(op.args), _frozen(op.kwargs)) for op in lazy.ops)
     key = (ops, call, torch.is_grad_enabled(), lazy._requires_grad(), tuple(_describe(v) for v in values))
-    with torch.autocast(lazy.device.type, enabled=False):
-        if key not in cache:
-            if len(cache) >= _CACHE_SIZE:
-                cache.clear()
+    if key not in cache:
+        if len(cache) >= _CACHE_SIZE:
+            cache.clear()
+        with torch.autocast(lazy.device.type, enabled=False):
             cache[key] = finish(*_graph(chain, lazy, values))
-        made = cache[key]
-        return NotImplemented if made is None else made(*values)
+    made = cache[key]
+    return None if made is None else _Made(made, values)
 
 
 def _plain_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

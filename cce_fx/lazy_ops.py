@@ -31,12 +31,11 @@ IS_LEAF = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits 
 # Operations by canonical name that stay lazy: they move rows about, cast, or scale.
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
           "getitem", "narrow", "select", "detach"}  # fmt: skip
-_VALUES = {*CASTS, "contiguous", "mul", "div", "log_softmax", "softmax", "log"}
+_VALUES = {*CASTS, "contiguous", "mul", "div", "neg", "exp", "log_softmax", "softmax", "log"}
 _ROWS = {"index_select"}
-_REDUCTIONS = {"argmax", "max", "topk", "logsumexp", "argmin", "min", "amax"}
-_LOSSES = {"cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp"}
+_REDUCTIONS = {"argmax", "max", "topk", "logsumexp", "argmin", "min", "amax", "sum", "mean"}
+_LOSSES = {"cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp", "sum", "mean"}
 _PIECES = {"split", "chunk", "unbind"}
-BLOCK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if name in _PIECES:
         return _pieces(lazy, name, args[1:], kwargs)
     if any(isinstance(a, LazyLogits) for a in (*args[1:], *kwargs.values())):
-        return NotImplemented
+        return _product(lazy, func, args[1:]) if name == "mul" and len(args) == 2 and not kwargs else NotImplemented
     if name == "getitem" and isinstance(args[1], Tensor):
         return _rows_chosen(lazy, args[1])
     if name in _REDUCTIONS:
@@ -119,6 +118,17 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
     if made is like and name in (*CASTS, "contiguous"):
         return lazy
     return lazy._derive(Op(name, func, tuple(args), tuple(kwargs.items())), made)
+
+
+def _product(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """One tensor times another of the same rows, as p log p in an entropy."""
+    other = args[0]
+    if other.chain is None or _source(lazy) is not _source(other) or lazy.shape != other.shape:
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        dtype = torch.promote_types(lazy.dtype, other.dtype)
+        like = torch.empty_strided(lazy.size(), lazy.stride(), dtype=dtype, device="meta")
+    return lazy._derive(Op("mul", func, args, ()), like)
 
 
 def _pieces(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -179,34 +189,63 @@ def _by_blocks(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any,
 
     With a gradient to keep, the logits are read instead: only indices (argmax, argmin) never have one.
     """
-    indices = name in ("argmax", "argmin")
-    chain = lazy.chain
-    if chain is None or not chain.rowwise or not _rows_intact(lazy):
+    from .lazy_loss import row_source
+
+    if lazy._requires_grad() and torch.is_grad_enabled() and name not in ("argmax", "argmin"):
         return NotImplemented
-    if lazy._requires_grad() and torch.is_grad_enabled() and not indices:
-        return NotImplemented
-    dim = kwargs.get("dim", args[1 if name == "topk" else 0] if len(args) > (name == "topk") else None)
+    at = 1 if name == "topk" else 0
+    dim = kwargs.get("dim", args[at] if len(args) > at else None)
     if name == "topk" and dim is None:
         dim = -1
-    if not isinstance(dim, int) or dim not in (-1, lazy.dim() - 1) or lazy.dim() != chain.hidden.dim():
+    if isinstance(dim, (tuple, list)) and len(dim) == 1:
+        dim = dim[0]
+    if not isinstance(dim, int) or dim not in (-1, lazy.dim() - 1):
         return NotImplemented
-    lazy.check_fresh()
-    hidden = chain.hidden.detach().flatten(0, -2) if chain.hidden.dim() > 1 else chain.hidden.detach()[None]
-    classes = lazy.size(-1)
-    step = max(1, BLOCK_BYTES // (classes * lazy.element_size()))
-    inputs = [x.detach() if isinstance(x, Tensor) else x for x in chain.inputs]
-    parts = []
+    base = _source(lazy)
+    found = row_source(base)
+    if found is None:
+        return NotImplemented
+    (hidden, logits), parts = found, []
+    last = [-1] * (len(args) > at)
+    named = {**kwargs, "dim": -1} if "dim" in kwargs else kwargs
     with torch.no_grad(), torch.autocast(lazy.device.type, enabled=False):
-        for rows in hidden.split(step):
-            block = chain.run(rows, *inputs)
-            for op in lazy.ops:
-                block = op.apply(block)
-            parts.append(func(block, *_last(args, dim), **({**kwargs, "dim": -1} if "dim" in kwargs else kwargs)))
-    return _joined(parts, tuple(chain.hidden.shape[:-1]))
+        for rows in hidden.split(_rows_of_a_block(lazy)):
+            block = _evaluate(lazy, base, logits(rows))
+            parts.append(func(block, *args[:at], *last, *args[at + 1 :], **named))
+    return _joined(parts, tuple(lazy.shape[:-1]))
 
 
-def _last(args: tuple[Any, ...], dim: int) -> tuple[Any, ...]:
-    return tuple(-1 if type(a) is int and a == dim and at == len(args) - 1 else a for at, a in enumerate(args))
+def _rows_of_a_block(lazy: LazyLogits) -> int:
+    """A sixteenth of the logits, but 1 to 16 MiB."""
+    row = max(1, lazy.size(-1) * lazy.element_size())
+    size = min(max(lazy.numel() * lazy.element_size() // 16, 1 << 20), 16 << 20)
+    return max(1, size // row)
+
+
+def _source(lazy: LazyLogits) -> LazyLogits:
+    """The tensor of the same shape that `lazy` is made of by operations on each row of classes alone."""
+    while lazy._state.op is not None and _is_within_rows(lazy._state.op, lazy):
+        lazy = lazy._state.base  # type: ignore[assignment]
+    return lazy
+
+
+def _is_within_rows(op: Op, lazy: LazyLogits) -> bool:
+    if op.name in ("softmax", "log_softmax"):
+        return dict(op.kwargs).get("dim", op.args[0] if op.args else None) in (-1, lazy.dim() - 1)
+    return op.name in _VALUES or op.name == "detach"
+
+
+def _evaluate(lazy: LazyLogits, base: LazyLogits, block: Tensor) -> Tensor:
+    """Rows (R, V) of `lazy` from the same rows `block` of its source."""
+    if lazy is base:
+        return block
+    op = lazy._state.op
+    assert op is not None and lazy._state.base is not None
+    value = _evaluate(lazy._state.base, base, block)
+    if op.name in ("softmax", "log_softmax"):
+        return getattr(torch, op.name)(value, -1)
+    args = (_evaluate(a, base, block) if type(a) is type(lazy) else a for a in op.args)
+    return op.func(value, *args, **dict(op.kwargs))
 
 
 def _joined(parts: list[Any], rows: tuple[int, ...]) -> Any:
@@ -214,11 +253,6 @@ def _joined(parts: list[Any], rows: tuple[int, ...]) -> Any:
         whole = torch.cat(parts)
         return whole.view(*rows, *whole.shape[1:])
     return type(parts[0])([_joined(list(column), rows) for column in zip(*parts, strict=True)])
-
-
-def _rows_intact(lazy: LazyLogits) -> bool:
-    """Whether only casts and scales lie between the root and this tensor."""
-    return all(op.name in _VALUES or op.name == "detach" for op in lazy.ops)
 
 
 __all__ = ["METADATA", "Op", "stay_lazy", "writes"]

@@ -3,8 +3,8 @@
 Two differentiable operators stand for a language-model head with its loss:
 
 `cce::linear_cross_entropy`
-    per-token statistics (nll, lse, smooth). Saves hidden, weight and lse; the backward recomputes the logits tile by
-    tile (8NDV flop in all). Right for every use of the statistics.
+    per-token statistics (nll, lse, smooth). Saves hidden, weight and two numbers a row; the backward recomputes the
+    logits tile by tile (8NDV flop in all). Right for every use of the statistics.
 `cce::linear_cross_entropy_with_grads`
     a weighted sum of those statistics, whose weights are known beforehand. The gradients are made in the forward, while
     each tile of logits is at hand, and the backward only scales them (6NDV flop). Right for scalar training losses.
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .kernels.argmax import argmax
-from .kernels.spec import Epilogue, Grads, Needs, Problem, RowGrads
+from .kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads
 
 # The arguments that describe the head, in the order of every operator's schema.
 _HEAD = (
@@ -90,9 +90,11 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, 
         )
     torch._check(hidden.shape[1] == weight.shape[1], lambda: f"hidden size {hidden.shape[1]} is not {weight.shape[1]}")
     torch._check(hidden.shape[0] == target.shape[0], lambda: f"{hidden.shape[0]} rows, {target.shape[0]} targets")
-    if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES or (bias is not None and bias.dtype != hidden.dtype):
-        dtypes = [t.dtype for t in (hidden, weight, bias) if t is not None]
-        raise TypeError(f"hidden, weight and bias must share one floating dtype, not {dtypes}")
+    exact = statistics_dtype(hidden.dtype)
+    if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
+        raise TypeError(f"hidden and weight must share one floating dtype, not {hidden.dtype} and {weight.dtype}")
+    if bias is not None and bias.dtype not in (hidden.dtype, exact):
+        raise TypeError(f"bias must have the dtype of hidden or {exact}, not {bias.dtype}")
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 class indices, not {target.dtype}")
     for name, t in (("bias", bias), ("class_weight", class_weight)):
@@ -133,10 +135,13 @@ def _fake_grads(
 
 
 @torch.library.custom_op(
-    "cce::linear_cross_entropy", mutates_args=(), schema=f"({_HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth)"
+    "cce::linear_cross_entropy",
+    mutates_args=(),
+    schema=f"({_HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth, Tensor max, Tensor sumexp)",
 )
 def linear_cross_entropy(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
-    """Per-token statistics of hidden (N, D) @ weight.T (D, V): nll (N,), lse (N,), smooth (N,) or (0,).
+    """Per-token statistics of hidden (N, D) @ weight.T (D, V): nll (N,), lse (N,), smooth (N,) or (0,), and of what
+    the backward needs: max (N,), the largest logit, and sumexp (N,) relative to it, both without a gradient.
 
     dtypes: float32 (float64 for float64 inputs). Raises ValueError on shapes, TypeError on dtypes, IndexError on a
     target outside [0, V) that is not ignore_index.
@@ -149,23 +154,24 @@ def linear_cross_entropy(hidden, weight, bias, target, class_weight, *rest):  # 
 @linear_cross_entropy.register_fake
 def _(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     _check(hidden, weight, bias, target, class_weight)
-    return _fake_stats(hidden, rest[2])
+    nll, lse, smooth = _fake_stats(hidden, rest[2])
+    return nll, lse, smooth, torch.empty_like(nll), torch.empty_like(nll)
 
 
 @torch.library.custom_op(
     "cce::linear_cross_entropy_backward",
     mutates_args=(),
     schema=(
-        f"({_HEAD}, Tensor lse, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_smooth, bool need_hidden, "
+        f"({_HEAD}, Tensor max, Tensor sumexp, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_smooth, bool need_hidden, "
         "bool need_weight, bool need_bias) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)"
     ),
 )
 def linear_cross_entropy_backward(*args):  # type: ignore[no-untyped-def]
     """Gradients of `cce::linear_cross_entropy`; one that is not needed comes back empty."""
     problem = _problem(*args[:_HEAD_ARGS])
-    lse, grad_nll, grad_lse, grad_smooth, *needs = args[_HEAD_ARGS:]
-    rows = RowGrads(torch.zeros_like(lse) if grad_nll is None else grad_nll, grad_lse, grad_smooth)
-    return _some(_kernel(lse.device).backward(problem, lse, rows, Needs(*needs)), problem.hidden)
+    highest, sumexp, grad_nll, grad_lse, grad_smooth, *needs = args[_HEAD_ARGS:]
+    rows = RowGrads(torch.zeros_like(highest) if grad_nll is None else grad_nll, grad_lse, grad_smooth)
+    return _some(_kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, Needs(*needs)), problem.hidden)
 
 
 @linear_cross_entropy_backward.register_fake
@@ -175,19 +181,20 @@ def _(*args):  # type: ignore[no-untyped-def]
 
 def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, class_weight, *ctx.rest = inputs
-    ctx.save_for_backward(hidden, weight, bias, target, class_weight, output[1])
+    ctx.save_for_backward(hidden, weight, bias, target, class_weight, *output[3:])
+    ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
 
 def _stats_backward(
-    ctx: Any, grad_nll: Tensor | None, grad_lse: Tensor | None, grad_smooth: Tensor | None
+    ctx: Any, grad_nll: Tensor | None, grad_lse: Tensor | None, grad_smooth: Tensor | None, *unused: None
 ) -> tuple[Tensor | None, ...]:
-    hidden, weight, bias, target, class_weight, lse = ctx.saved_tensors
+    hidden, weight, bias, target, class_weight, *norm = ctx.saved_tensors
     needs = tuple(bool(n) for n in ctx.needs_input_grad[:3])
     if not ctx.rest[2]:
         grad_smooth = None
     grads = torch.ops.cce.linear_cross_entropy_backward(
-        hidden, weight, bias, target, class_weight, *ctx.rest, lse, grad_nll, grad_lse, grad_smooth, *needs
+        hidden, weight, bias, target, class_weight, *ctx.rest, *norm, grad_nll, grad_lse, grad_smooth, *needs
     )
     return _wanted(grads, needs) + (None,) * (_HEAD_ARGS - 3)
 
@@ -227,7 +234,7 @@ def linear_cross_entropy_with_grads(hidden, weight, bias, target, class_weight, 
         total = total + torch.dot(w_lse, stats.lse)
     if w_smooth is not None:
         total = total + torch.dot(w_smooth, stats.smooth)
-    return (total, *stats, *_some(grads, hidden))
+    return (total, stats.nll, stats.lse, stats.smooth, *_some(grads, hidden))
 
 
 @linear_cross_entropy_with_grads.register_fake

@@ -188,9 +188,7 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
         for output in cut.lazy:
             hidden = places[output.hidden.kind][output.hidden.index]
             inputs = tuple(places[s.kind][s.index] for s in output.inputs)
-            results[output.index] = LazyLogits.make(
-                HeadChain(hidden, inputs, output.chain, output.rowwise), output.like(hidden)
-            )
+            results[output.index] = LazyLogits.make(HeadChain(hidden, inputs, output.chain), output.like(hidden))
         return results[: cut.results]
 
     return call

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -121,12 +122,19 @@ class CutCrossEntropyPass(CustomGraphPass):
 
 def source_digest(*more: str) -> str:
     """A digest of what decides a rewrite's result, for caches of compiled graphs."""
+    digest = hashlib.sha256(_source())
+    for text in (rules_text(), *more):
+        digest.update(text.encode())
+    return digest.hexdigest()
+
+
+@functools.cache
+def _source() -> bytes:
+    """A digest of the project's files, as they were when it was first asked for."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parent
     package = Path(__import__("cce_fx").__file__).resolve().parent
     for folder in (root, package, package / "kernels"):
         for path in sorted(folder.resolve().rglob("*.py")):
             digest.update(path.read_bytes())
-    for text in (rules_text(), *more):
-        digest.update(text.encode())
-    return digest.hexdigest()
+    return digest.digest()

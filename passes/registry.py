@@ -30,7 +30,7 @@ Rule = Callable[["Call"], Outcome]
 RULES: dict[Any, Rule] = {}
 BEGINNERS: set[Any] = set()  # operations whose rules need no view
 # Forms that hold nothing but rows of classes, so that rows can be moved about; the others carry a shift or a target along.
-WHOLE = (Form.LOGITS, Form.LOG_SOFTMAX, Form.SOFTMAX)
+WHOLE = (Form.LOGITS, Form.LOG_SOFTMAX, Form.NEG_LOG_SOFTMAX, Form.SOFTMAX)
 
 
 def rule(*operations: str | Callable[..., Any], begins: bool = False) -> Callable[[Rule], Rule]:

@@ -92,30 +92,54 @@ def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy, moved: dict[No
 
 
 _FORMS = {
-    Form.LOGITS: lambda z, dim: z,
-    Form.LOG_SOFTMAX: torch.log_softmax,
-    Form.SOFTMAX: torch.softmax,
+    Form.LOGITS: lambda z: z,
+    Form.LOG_SOFTMAX: lambda z: torch.log_softmax(z, -1),
+    Form.NEG_LOG_SOFTMAX: lambda z: -torch.log_softmax(z, -1),
+    Form.SOFTMAX: lambda z: torch.softmax(z, -1),
 }
+
+
+def write_operands(gm: GraphModule, view: LogitsView) -> bool:
+    """Make the graph return what `logits_of` takes: hidden, its last dimension D, weight and bias; whether it can."""
+    if view.form not in _FORMS:
+        return False
+    builder = Builder(gm.graph, {})
+    output = next(n for n in gm.graph.nodes if n.op == "output")
+    with builder.before(output):
+        operands = _operands(builder, view, view.dtype)
+    output.args = (tuple(None if x is None else x.node for x in operands),)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    return True
+
+
+def _operands(builder: Builder, view: LogitsView, bias_dtype: torch.dtype) -> tuple[Any, Any, Any]:
+    """hidden (..., D) with D last, weight (V, D) and bias (V,) or None."""
+    hidden = builder.operand(view.hidden, view.dtype)
+    if view.class_dim != len(view.shape) - 1:
+        hidden = torch.movedim(hidden, view.class_dim, -1)
+    bias = None if view.bias is None else builder.operand(view.bias, bias_dtype)
+    return hidden, builder.operand(view.weight, view.dtype), bias
+
+
+def logits_of(view: LogitsView, dtype: torch.dtype, hidden: Any, weight: Any, bias: Any) -> Any:
+    """A view's value (..., V) in `dtype` for some of its rows, of tensors or of proxies."""
+    e, z = view.epilogue, torch.nn.functional.linear(hidden, weight, bias)
+    z = z if view.dtype == dtype else z.to(dtype)
+    z = z if e.scale == 1.0 else z * e.scale
+    z = z if e.softcap is None else torch.tanh(z / e.softcap) * e.softcap
+    z = z if e.post_scale == 1.0 else z * e.post_scale
+    return _FORMS[view.form](z)
 
 
 def write_logits(gm: GraphModule, view: LogitsView, node: Node) -> bool:
     """Compute `node` from a hidden state of its own rows, in place; whether its form allows that."""
     if view.form not in _FORMS:
         return False
-    builder, e, last = Builder(gm.graph, {}), view.epilogue, len(view.shape) - 1
-    dtype = value_of(node).dtype
+    builder = Builder(gm.graph, {})
     with builder.before(node.next):
-        hidden = builder.operand(view.hidden, view.dtype)
-        if view.class_dim != last:
-            hidden = torch.movedim(hidden, view.class_dim, -1)
-        bias = None if view.bias is None else builder.operand(view.bias, view.dtype)
-        z = torch.nn.functional.linear(hidden, builder.operand(view.weight, view.dtype), bias)
-        z = z if view.dtype == dtype else z.to(dtype)
-        z = z if e.scale == 1.0 else z * e.scale
-        z = z if e.softcap is None else torch.tanh(z / e.softcap) * e.softcap
-        z = z if e.post_scale == 1.0 else z * e.post_scale
-        z = _FORMS[view.form](z, -1)
-        z = z if view.class_dim == last else torch.movedim(z, -1, view.class_dim)
+        z = logits_of(view, value_of(node).dtype, *_operands(builder, view, view.dtype))
+        z = z if view.class_dim == len(view.shape) - 1 else torch.movedim(z, -1, view.class_dim)
     node.replace_all_uses_with(z.node, delete_user_cb=lambda user: user not in builder.written)
     erase_unused(gm.graph, list(reversed(view.path)))
     gm.graph.lint()
@@ -126,14 +150,8 @@ def write_logits(gm: GraphModule, view: LogitsView, node: Node) -> bool:
 def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
     candidate = site.candidate
     view, loss = candidate.view, candidate.loss
-    hidden = builder.operand(view.hidden, view.dtype)
-    if view.class_dim != len(view.shape) - 1:
-        hidden = torch.movedim(hidden, view.class_dim, -1)
-    shaped = hidden
-    if len(view.shape) != 2:
-        hidden = torch.reshape(hidden, (-1, view.hidden_size))
-    weight = builder.operand(view.weight, view.dtype)
-    bias = None if view.bias is None else builder.operand(view.bias, view.dtype)
+    shaped, weight, bias = _operands(builder, view, view.bias_dtype)
+    hidden = shaped if len(view.shape) == 2 else torch.reshape(shaped, (-1, view.hidden_size))
     class_weight = None if candidate.class_weight is None else builder.proxy(candidate.class_weight)
     kernel = KernelSpec(
         needs=None if site.needs is None else Needs(*site.needs),
@@ -173,10 +191,11 @@ def _rows(builder: Builder, candidate: Candidate, head: tuple[Any, ...], kernel:
         if rows is None:
             rows = torch.zeros_like(hidden.select(1, 0), dtype=torch.int64)
         nll, lse, smooth = row_statistics(hidden, weight, bias, rows, candidate.loss, kernel, smooth=summed)
-        if result in (Result.LOG_PROB, Result.PROB):
-            return -nll if result is Result.LOG_PROB else torch.exp(-nll)
-        if summed:
-            return -smooth if result is Result.SUM_LOG else -smooth / view.classes
+        if result is Result.PROB:
+            return torch.exp(-nll)
+        if result is Result.LOG_PROB or summed:
+            out = nll if result is Result.LOG_PROB else smooth if result is Result.SUM_LOG else smooth / view.classes
+            return out if candidate.negated else -out
         out = lse
     if shift is not None:
         out = out - shift

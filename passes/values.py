@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ..functional import LossSpec
+from ..functional import LossSpec, statistics_dtype
 from ..kernels.spec import Epilogue
 
 
@@ -143,6 +143,7 @@ class Form(enum.Enum):
     LOGITS = "z"
     SHIFTED = "z - shift"  # shift is one number a row
     LOG_SOFTMAX = "log_softmax(z)"
+    NEG_LOG_SOFTMAX = "-log_softmax(z)"
     SOFTMAX = "softmax(z)"
     EXP = "exp(z - shift)"
     PICKED = "one_hot(picked) times another form"
@@ -179,6 +180,12 @@ class LogitsView:
     @property
     def classes(self) -> Any:
         return self.shape[self.class_dim]
+
+    @property
+    def bias_dtype(self) -> torch.dtype:
+        """What the bias is made in. A program that scales or adds up biases rounds in each logit, and never the sum."""
+        steps = () if self.bias is None else self.bias.steps
+        return statistics_dtype(self.dtype) if any(s.name in ("add", "div") for s in steps) else self.dtype
 
     @property
     def operands(self) -> tuple[Operand, ...]:
@@ -237,6 +244,7 @@ class Candidate:
     result: Result = Result.LOSS
     keepdim: bool = False  # whether the result keeps the class dimension, of size 1
     total: bool = False  # whether the result is the sum over all rows
+    negated: bool = False
 
 
 @dataclass(frozen=True)

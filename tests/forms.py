@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import einops
 import torch
 from torch import Tensor
 
@@ -29,6 +30,7 @@ class Form:
 
     def function(self) -> Callable[..., Any]:
         scope: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "nn": torch.nn, "V": V}
+        scope["rearrange"] = einops.rearrange
         exec(compile(self.source, f"<{self.name}>", "exec"), scope)
         return scope["program"]
 
@@ -75,6 +77,10 @@ FORMS = [
     Form("loss", "hand-written, detached max",
          "z = F.linear(h, W)\nx = z - z.max(dim=-1, keepdim=True).values.detach()\n"
          "return (torch.log(torch.exp(x).sum(-1)) - x.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()"),
+    Form("loss", "label smoothing of the transformers Trainer",
+         "z = F.linear(h, W)\nsurprise = -F.log_softmax(z, dim=-1)\nnll = surprise.gather(-1, y.unsqueeze(-1))\n"
+         "smooth = surprise.sum(dim=-1, keepdim=True, dtype=torch.float32)\n"
+         "return 0.9 * nll.mean() + 0.1 * smooth.mean() / V"),
     Form("loss", "timm label smoothing",
          _FLAT + "logp = F.log_softmax(z, dim=-1)\nnll = -logp.gather(dim=-1, index=y.unsqueeze(1)).squeeze(1)\n"
          "return (0.9 * nll + 0.1 * -logp.mean(dim=-1)).mean()"),
@@ -119,6 +125,10 @@ FORMS = [
     Form("head", "two heads joined", "z = torch.cat([F.linear(h, W), F.linear(h, W2)], -1)\n" + _CE),
     Form("head", "cosine head", "z = F.linear(F.normalize(h, dim=-1), F.normalize(W, dim=-1)) * 10\n" + _CE),
     Form("head", "LoRA", "z = F.linear(h, W, b) + F.linear(F.linear(h, A), C) * 0.5\n" + _CE),
+    Form("chain", "rearrange (einops) to rows",
+         "z = rearrange(F.linear(h, W), 'b t v -> (b t) v')\nreturn F.cross_entropy(z, rearrange(y, 'b t -> (b t)'))"),
+    Form("chain", "rearrange (einops) to (B, V, T)",
+         "return F.cross_entropy(rearrange(F.linear(h, W), 'b t v -> b v t'), y)"),
     Form("chain", "shift by slices", "z = F.linear(h, W)[..., :-1, :].contiguous(); y = y[..., 1:].contiguous()\n" + _CE),
     Form("chain", "shift by narrow", "z = F.linear(h, W).narrow(1, 0, 4); y = y[:, 1:]\n" + _CE),
     Form("chain", "roll", "z = F.linear(h, W).roll(1, 1)\n" + _CE),

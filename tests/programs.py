@@ -142,8 +142,8 @@ def programs(draw: st.DrawFn, misses: bool = False) -> Program:
     flat, verdict = head in FLAT_HEADS, ""
     # A loss written by hand looks every target up, so none is ignored.
     hand_written = not misses and ignored == 0.0 and draw(st.booleans())
+    half = dtype in (torch.bfloat16, torch.float16)
     if not flat:
-        half = dtype in (torch.bfloat16, torch.float16)
         plain = PLAIN[2 if head in WITH_BIAS or head == "adapter" or half else 0 :]
         lines += [op.format(V=v) for op in draw(st.lists(st.sampled_from(plain), max_size=1))]
     # Twice 30 overflows float16 in eager, and not here.
@@ -169,7 +169,7 @@ def programs(draw: st.DrawFn, misses: bool = False) -> Program:
     if not flat and not hand_written:
         lines.append(draw(st.sampled_from(CLASS_SECOND)))
     lines += [op.format(c=scale) for op in draw(some) if "tanh" not in op]
-    lines.append(_by_hand(draw, v) if hand_written else _loss(draw, ignore))
+    lines.append(_by_hand(draw, v, half) if hand_written else _loss(draw, ignore))
     if draw(st.integers(0, 4)) == 0:
         lines.append("loss = loss + loss.detach() * 0.5")
     lines.append("return loss, logits" if "logits = z" in lines else "return loss")
@@ -201,8 +201,10 @@ BY_HAND = [
 ]
 
 
-def _by_hand(draw: st.DrawFn, v: int) -> str:
-    return draw(st.sampled_from(BY_HAND)).replace("{V}", str(v))
+def _by_hand(draw: st.DrawFn, v: int, half: bool) -> str:
+    loss = draw(st.sampled_from(BY_HAND)).replace("{V}", str(v))
+    # A maximum in half precision is not subtracted: it is rounded otherwise than the logits.
+    return f"z = z if z.dtype == torch.float64 else z.float()\n{loss}" if half and "max(-1" in loss else loss
 
 
 def _loss(draw: st.DrawFn, ignore: int) -> str:

@@ -78,6 +78,11 @@ def test_looks_like_the_tensor_it_stands_for(setup: Any) -> None:
     assert unread(lazy)
 
 
+def _entropy(z: torch.Tensor) -> torch.Tensor:
+    logp = z.log_softmax(-1)
+    return -(logp.exp() * logp).sum(-1)
+
+
 STAYS = {
     "view": lambda z: z.view(-1, V),
     "reshape": lambda z: z.reshape(-1, V),
@@ -106,6 +111,10 @@ STAYS = {
     "log_softmax": lambda z: F.log_softmax(z, dim=-1),
     "softmax": lambda z: z.softmax(-1),
     "log of softmax": lambda z: z.softmax(-1).log(),
+    "exp": lambda z: z.exp(),
+    "negative": lambda z: -z,
+    "surprise": lambda z: -F.log_softmax(z, dim=-1),
+    "p log p": lambda z: z.softmax(-1) * F.log_softmax(z, dim=-1),
     "split": lambda z: z.view(-1, V).split(4, dim=0)[1],
     "split by sizes": lambda z: torch.split(z, [2, 5], 1)[1],
     "chunk": lambda z: z.chunk(2, 1)[0],
@@ -113,12 +122,14 @@ STAYS = {
 }
 READS = {
     "add": lambda z: z + 1,
-    "exp": lambda z: z.exp(),
     "split over the vocabulary": lambda z: z.split(V // 2, -1)[0],
     "max": lambda z: z.max(),
     "cat": lambda z: torch.cat([z, z]),
     "stack": lambda z: torch.stack([z, z]),
     "compare": lambda z: z > 0,
+    "product of other rows": lambda z: z[1:] * z[:-1],
+    "entropy with a gradient": lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+    "softmax over rows": lambda z: z.detach().softmax(1).sum(-1),
     "norm": lambda z: z.norm(),
     "einsum": lambda z: torch.einsum("btv->bt", z),
     "argmax over rows": lambda z: z.argmax(0),
@@ -137,6 +148,14 @@ BLOCKS = {
     "detached topk": lambda z: z.detach().topk(5, dim=-1).values,
     "detached topk default": lambda z: z.detach().topk(5).indices,
     "detached logsumexp": lambda z: torch.logsumexp(z.detach().float(), dim=-1),
+    "argmax of shifted rows": lambda z: z[:, :-1].argmax(-1),
+    "argmax of rows": lambda z: z.float().view(-1, V)[3:].argmax(-1),
+    "argmax of a mask": lambda z: z[torch.arange(21).view(3, 7) % 2 == 0].argmax(-1),
+    "topk of one dimension": lambda z: z.detach()[0].topk(1, dim=1).indices,
+    "detached entropy": lambda z: -(z.detach().softmax(-1) * z.detach().log_softmax(-1)).sum(-1),
+    "detached entropy of shifted rows": lambda z: _entropy(z.detach()[:, 1:].float()),
+    "detached mean": lambda z: z.detach().mean(dim=-1, keepdim=True),
+    "detached sum of probabilities": lambda z: (z.detach() / 2).softmax(2).sum([-1]),
     "scaled argmax": lambda z: (z / -0.5).argmax(-1),
     "iterate": lambda z: torch.stack(list(z)),
     "accuracy": lambda z: (z.argmax(-1) == 3).float().mean(),
@@ -281,6 +300,16 @@ def test_nothing_is_kept_alive_when_the_logits_are_dropped(setup: Any) -> None:
 
 # --- losses outside the compiled graph ---------------------------------------------------------------------------------
 
+
+def _smoothed(surprise: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    ignored = y.eq(-100).unsqueeze(-1)
+    nll = surprise.gather(dim=-1, index=y.clamp(min=0).unsqueeze(-1))
+    smooth = surprise.sum(dim=-1, keepdim=True, dtype=torch.float32)
+    nll.masked_fill_(ignored, 0.0)
+    smooth.masked_fill_(ignored, 0.0)
+    return 0.9 * nll.sum() + 0.1 * smooth.sum() / V
+
+
 LOSSES = {
     "flat": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)),
     "shifted": lambda z, y: F.cross_entropy(z[:, :-1].reshape(-1, V), y[:, 1:].reshape(-1)),
@@ -303,6 +332,7 @@ LOSSES = {
         - torch.stack([torch.logsumexp(r, -1) for r in z.unbind(0)])
     ).mean(),
     "z-loss": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)) + 1e-3 * z.logsumexp(-1).square().mean(),
+    "label smoothing of the Trainer": lambda z, y: _smoothed(-F.log_softmax(z, dim=-1), y),
     "class weights": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1), weight=torch.linspace(0.5, 2, V)),
 }
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cce_fx
+import cce_fx.op
 
 D, V, N = 6, 40, 9
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import cce_fx
@@ -165,3 +166,25 @@ def test_twenty_shapes_compile_at_most_twice() -> None:
         h, y = torch.randn(b, t, D), torch.randint(V, (b, t))
         torch.testing.assert_close(compiled(h, w, y), program(h, w, y))
     assert compiled_times == [1, 1] or compiled_times == [1]
+
+
+def test_caches_on_disk_know_the_version_of_the_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that was compiled before an operator changed must not be run after."""
+    from torch._inductor.utils import fresh_cache
+
+    from cce_fx import backend
+
+    def hits(digest: str) -> tuple[int, int]:
+        monkeypatch.setattr(backend, "source_digest", lambda: digest)
+        torch._dynamo.reset()
+        counters.clear()
+        h, w, y = tensors()
+        torch.compile(loss, backend="cce", options={"min_vocab": 0})(h, w, y).backward()
+        assert torch.compiler.config.cache_key_tag == ""
+        found = counters["aot_autograd"]
+        return found["autograd_cache_hit"], found["autograd_cache_miss"]
+
+    with fresh_cache():
+        assert hits("first") == (0, 1)
+        assert hits("first") == (1, 0)
+        assert hits("second") == (0, 1)

@@ -296,3 +296,58 @@ def test_double_backward_is_refused_clearly() -> None:
     (grad,) = torch.autograd.grad(cce_fx.linear_cross_entropy(h, w, y, strategy="recompute"), h, create_graph=True)
     with pytest.raises(RuntimeError, match="differentiated twice|no autograd formula"):
         grad.sum().backward()
+
+
+def test_probabilities_do_not_suffer_from_large_logits() -> None:
+    """Two classes share each row's maximum: lse = max + log 2, rounded, is off by |lse| eps, and each half with it."""
+
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(h, torch.cat([w, w])), y, reduction="none")
+
+    h, w, y = tensors(6)
+    assert compare(program, [(h * 300).detach().requires_grad_(), w, y]).rewritten
+
+
+@pytest.mark.parametrize("sure", [True, False])
+def test_gradients_of_sure_rows_are_exactly_zero(sure: bool) -> None:
+    """softmax - onehot is 1 - 1 there, and no difference of two sums."""
+    h, w, y = tensors(64)
+    with torch.no_grad():
+        y.copy_(F.linear(h, w).argmax(-1))
+        h.mul_(1e7 if sure else 3.0)
+    compare(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), [h, w, y])
+
+
+def test_a_softmax_by_hand_in_half_precision_is_left_alone() -> None:
+    """Its maximum is rounded to bfloat16, and the kernel's logits are not: exp(z - max) would overflow."""
+
+    def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        z = F.linear(h, w)
+        m = z.amax(-1, keepdim=True)
+        lse = (z - m).exp().sum(-1, keepdim=True).log() + m
+        return (lse - z.gather(-1, y[:, None])).mean()
+
+    h, w, y = tensors(6, dtype=torch.bfloat16)
+    assert not compare(program, [(h * 1e5).detach().requires_grad_(), w, y]).rewritten
+    h, w, y = tensors(6)
+    assert compare(program, [h, w, y]).rewritten
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_biases_are_added_up_in_the_dtype_of_the_statistics(dtype: torch.dtype, scale: float) -> None:
+    """A program rounds (h W + a) s + b in each logit, where h W may cancel a + b."""
+
+    def program(h: Tensor, w: Tensor, y: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        z = F.linear(h, w, a) * scale + b
+        return F.cross_entropy(z if z.dtype == torch.float64 else z.float(), y)
+
+    h, w, y = tensors(6, dtype=dtype)
+    a, b = (torch.linspace(low, 3, V).to(dtype).requires_grad_() for low in (-1, 1))
+    watch = Watch()
+    compiled = torch.compile(program, backend="cce", options={"inner": watch, "min_vocab": 0})
+    torch._dynamo.reset()
+    ours = step(compiled, [h, w, y, a, b])
+    exact = step(program, [t.double() if t.is_floating_point() else t for t in (h, w, y, a, b)])
+    assert watch.rewritten
+    torch.testing.assert_close(ours.outputs[0].double(), exact.outputs[0], rtol=1e-6, atol=0, check_dtype=False)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ...functional import statistics_dtype
 from ..canonical import CASTS, canonical
 from ..registry import WHOLE, Call, Outcome, is_constant, rule
 from ..values import Form, LogitsView, Operand, Reason, same, value_of
@@ -121,6 +122,18 @@ def _no_rule(call: Call, detail: str) -> Outcome:
     return call.decline(Reason.NO_RULE, detail)
 
 
+@rule("neg")
+def neg(call: Call) -> Outcome:
+    """-logits is a scale; -log_softmax is what some label smoothing is written with."""
+    view = call.view()
+    if view is None:
+        return None
+    flipped = {Form.LOG_SOFTMAX: Form.NEG_LOG_SOFTMAX, Form.NEG_LOG_SOFTMAX: Form.LOG_SOFTMAX}
+    if view.form in flipped:
+        return view.at(call.node, form=flipped[view.form])
+    return _scaled(call, view, -1.0)
+
+
 @rule("tanh")
 def tanh(call: Call) -> Outcome:
     """tanh(x) is a softcap at 1; the multiplication that follows it becomes the scale after the cap."""
@@ -154,8 +167,12 @@ def _with_bias(view: LogitsView, added: Operand) -> Operand:
     """The bias after `added` is added to scaled logits: scale (x + b) + a = scale (x + b + a / scale)."""
     scale = view.epilogue.scale * view.epilogue.post_scale
     if scale != 1.0:
-        added = added.then("div", torch.div, scale)
+        added = added.then("to", _to, statistics_dtype(view.dtype)).then("div", torch.div, scale)
     return added if view.bias is None else added.then("add", torch.add, view.bias)
+
+
+def _to(x: Any, dtype: torch.dtype) -> Any:
+    return x.to(dtype)
 
 
 @rule("masked_fill")
@@ -222,6 +239,8 @@ def exp(call: Call) -> Outcome:
     view = call.view(forms=(Form.LOGITS, Form.SHIFTED, Form.LOG_SOFTMAX))
     if view is None:
         return None
+    if view.shift is not None and value_of(view.shift).dtype.itemsize < 4:
+        return call.decline(Reason.NO_RULE, "a shift in half precision: it is not rounded as the kernel's logits are")
     return view.at(call.node, form=Form.SOFTMAX if view.form is Form.LOG_SOFTMAX else Form.EXP)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...functional import LossSpec
+from ...functional import LossSpec, statistics_dtype
 from ..canonical import CASTS, canonical
 from ..registry import Call, Outcome, rule
 from ..values import Candidate, Form, LogitsView, Reason, Result, same, value_of
@@ -16,13 +16,17 @@ _PICKED = {
     Form.LOGITS: Result.LOGIT,
     Form.SHIFTED: Result.LOGIT,
     Form.LOG_SOFTMAX: Result.LOG_PROB,
+    Form.NEG_LOG_SOFTMAX: Result.LOG_PROB,
     Form.SOFTMAX: Result.PROB,
 }
+
+_LOGS = (Form.LOG_SOFTMAX, Form.NEG_LOG_SOFTMAX)
 
 
 def _found(call: Call, view: LogitsView, result: Result, target: Node | None = None, **how: bool) -> Candidate:
     loss = LossSpec("none", ignore_index=-1, epilogue=view.epilogue)
-    return Candidate(call.node, view.at(call.node), target, None, loss, result, **how)
+    negated = Form.NEG_LOG_SOFTMAX in (view.form, view.picked_from)
+    return Candidate(call.node, view.at(call.node), target, None, loss, result, negated=negated, **how)
 
 
 def _is_class_dim(view: LogitsView, dim: Any) -> bool:
@@ -117,15 +121,18 @@ def max_values(call: Call) -> Outcome:
 @rule("sum", "mean")
 def total(call: Call) -> Outcome:
     """A sum over the classes of exp(z - shift), of log-softmax, or of what a one-hot has left; of the last also over all."""
-    view = call.view(forms=(Form.EXP, Form.LOG_SOFTMAX, Form.PICKED))
-    if view is None or call.node.kwargs.get("dtype") is not None or len(call.node.args) > 3:
+    view = call.view(forms=(Form.EXP, *_LOGS, Form.PICKED))
+    if view is None or len(call.node.args) > 3:
         return None
+    dtype = call.node.kwargs.get("dtype")
+    if dtype is not None and (not dtype.is_floating_point or dtype.itemsize > statistics_dtype(view.dtype).itemsize):
+        return call.decline(Reason.NO_RULE, f"a sum in {dtype}")
     name, dim, keepdim = canonical(call.node), call.arg(1, "dim"), bool(call.arg(2, "keepdim", False))
     if view.form is Form.PICKED and name == "sum" and dim in (None, (), []):
         return _found(call, view, _PICKED[view.picked_from], view.picked, total=True)
     if not _is_class_dim(view, dim):
         return None
-    if view.form is Form.LOG_SOFTMAX:
+    if view.form in _LOGS:
         return _found(call, view, Result.SUM_LOG if name == "sum" else Result.MEAN_LOG, keepdim=keepdim)
     if name == "mean":
         return call.decline(Reason.NO_RULE, "a mean over the classes")
