@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
@@ -20,15 +24,16 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    _, changes = allocations(run)
+    return max(itertools.accumulate(changes), default=0)
+
+
+def allocations(run: Callable[[], T]) -> tuple[T, list[int]]:
+    """The result of a run, and every allocation on the CPU during it in bytes, in order; one released is negative."""
     with torch.profiler.profile(profile_memory=True, acc_events=True) as prof:
-        kept = run()
-    del kept
+        result = run()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
+    return result, [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
 
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:
