@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from .combine import finite
-from .plan import FEWEST_HELD_ROWS, ROW_STEP, Plan, held_columns, spans, step_down
+from .elementwise import exp_
+from .plan import FEWEST_HELD_ROWS, ROW_STEP, WIDE, Plan, held_columns, spans, step_down
 from .rows import Coefficients, Rows
 from .spec import Grads, Problem
 from .sweeps import accumulate, bias_sum, summed, tile_of
-from .tile import Collector, Head, Hit, Sums, exp_, locate
+from .tile import Collector, Head, Hit, Sums, locate
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def held(problem: Problem, rows: Rows, c: Coefficients, plan: Plan, out: Grads) 
     head = Head(problem)
     if head.capped and c.uniform is not None:
         return []
-    if out.weight is not None:  # rows of hidden, scaled anew for each tile
+    if out.weight is not None and not scales_tiles(problem):  # rows of hidden, scaled anew for each tile
         plan = replace(plan, per_row=plan.per_row + problem.hidden.shape[1])
     storage = _Storage(problem, rows, plan, out)
     blocks: list[Sums] = []
@@ -63,6 +64,11 @@ def held(problem: Problem, rows: Rows, c: Coefficients, plan: Plan, out: Grads) 
     return blocks
 
 
+def scales_tiles(problem: Problem) -> bool:
+    """Whether what a tile lacks is multiplied into it, or into a copy of its rows of hidden: the smaller of the two."""
+    return problem.hidden.shape[1] >= WIDE
+
+
 class _Held:
     """One block of rows, in two walks over the vocabulary.
 
@@ -77,7 +83,8 @@ class _Held:
         first, last = block.first, block.last
         self.hidden, self.c = rows.take(problem.hidden, first, last).to(head.dtype), c[first:last]
         self.hits = locate(rows.target[first:last], block.chunks)
-        self.collector = Collector(head, last - first, len(block.tiles))
+        self.collector = Collector(head, last - first, len(block.tiles), keep=True)
+        self.scales_tiles = scales_tiles(problem)
         self.d_hidden = None if out.hidden is None else rows.place(out.hidden, first, last, head.dtype)
         self.slope = torch.ones_like(self.c.hit)  # of the cap at the target
         self.uniform = None  # (D,) sum of w_c weight_c
@@ -137,14 +144,20 @@ class _Held:
         if hit is not None:
             hit, at_hit = self._into_tile(tile, hit, at_hit, ratio, scale)
         if out.weight is not None:
+            scaled = self.hidden
+            if self.scales_tiles:
+                tile.mul_(scale)
+            else:
+                scaled = self.hidden * scale[:, None]
             with summed(out.weight[start:stop], head.dtype, self.block.first == 0) as (total, fresh):
-                accumulate(total, tile, self.hidden * scale[:, None], fresh)
+                accumulate(total, tile, scaled, fresh)
                 if hit is not None:
                     total.index_add_(0, hit.column, self.hidden[hit.row].mul_(at_hit[:, None]))
                 if self.c.uniform is not None:
                     total.addr_(head.uniform(start, stop), self.c.uniform @ self.hidden, alpha=-1)
         if out.bias is not None:
-            total = out.bias[start:stop].addmv_(tile, scale)
+            ones = torch.ones_like(scale) if out.weight is not None and self.scales_tiles else scale
+            total = out.bias[start:stop].addmv_(tile, ones)
             if hit is not None:
                 total.index_add_(0, hit.column, at_hit)
             if self.c.uniform is not None:

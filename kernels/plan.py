@@ -10,12 +10,13 @@ from .spec import Needs, Problem
 
 LARGEST_WORKSPACE = 64 << 20
 SMALLEST_WORKSPACE = 1 << 20
-FEWEST_HELD_ROWS = 72  # with fewer, the products are slow enough that making the logits twice is faster
+FEWEST_HELD_ROWS = 112  # with fewer, the products are slow enough that making the logits twice is faster
 ROW_STEP = 16  # BLAS kernels waste what is left over beyond a multiple of their width
 # Columns of a held block: fewer calls of BLAS and longer sums against tiles that stay in cache. At N=2048 D=512 V=32000
 # 4096 columns of 270 rows are 6 % faster than 1024; from there on nothing changes.
 _TILE = 1 << 20  # elements of a tile
 _COLUMNS = 4096
+WIDE = 1024  # hidden sizes from which a chunk of the columns has no more entries than a block's rows of hidden
 _FEWEST_COLUMNS = 1024  # below this a product is slow enough that it pays to hold fewer rows
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from .plan import make_plan, spans
 from .rows import Coefficients, Rows
 from .spec import Grads, Needs, Norm, Problem
-from .tile import Collector, Head, Sums, exp_, locate
+from .tile import Collector, Head, Sums, locate
 
 
 def sweep(problem: Problem, rows: Rows, begin: int = 0) -> list[Sums]:
@@ -23,7 +23,7 @@ def sweep(problem: Problem, rows: Rows, begin: int = 0) -> list[Sums]:
     for first, last in spans(rows.count, plan.rows, begin):
         hidden = rows.take(problem.hidden, first, last).to(head.dtype)
         hits = locate(rows.target[first:last], chunks)
-        sums = Collector(head, last - first, len(chunks))
+        sums = Collector(head, last - first, len(chunks), keep=False)
         for number, (start, stop) in enumerate(chunks):
             tile = tile_of(buffer, stop - start, last - first)
             head.product(tile, head.columns(start, stop), hidden, start)
@@ -74,8 +74,8 @@ class _Recomputed:
         logits = head.logits(tile, None if self.spare is None else tile_of(self.spare, *tile.shape))
         c = self.c[first:last]
         mine = slice(first - self.begin, last - self.begin)
-        probs = exp_(logits.sub_(self.max[mine])).mul_(self.prob[mine])
-        return head.gradient(probs, tile, c, self.hits[block][chunk], start)
+        head.elementwise.probabilities(logits, self.max[mine], self.prob[mine])
+        return head.gradient(logits, tile, c, self.hits[block][chunk], start)
 
     def by_rows(self, out: Grads, weight: bool) -> None:
         bias = bias_sum(out.bias, self.head)

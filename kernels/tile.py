@@ -9,23 +9,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .combine import finite, local_class_weight, statistics_dtype
+from .elementwise import exp_
+from .native import elementwise
 from .rows import Coefficients
 from .spec import Partials, Problem
-
-# Below these arguments exp is denormal or near it: a processor takes 20 times as long to make such a number, and as long
-# again to multiply it, and no sum that holds exp(0) can see it. (The powers of ten are just above exp of the argument.)
-_EXP_FLOOR = {torch.float32: (-75.0, 2.7e-33), torch.float64: (-690.0, 2.2e-300)}
-
-
-def exp_(x: Tensor) -> Tensor:
-    """exp of x, at most 0 or not finite, in place; exactly zero below the floor of x's dtype, NaN where x is NaN."""
-    argument, value = _EXP_FLOOR[x.dtype]
-    return F.threshold_(x.clamp_min_(argument).exp_(), value, 0.0)
-
 
 class Sums(NamedTuple):
     """Per-row sums over all columns, relative to the largest logit so that none of them overflows or cancels."""
@@ -53,6 +43,7 @@ class Head:
         self.classes = problem.weight.shape[0]
         self.smooth = problem.smooth
         self.class_weight = local_class_weight(problem) if problem.smooth else None
+        self.elementwise = elementwise(problem)
         self.capped = e.softcap is not None
         # What the product is multiplied by: up to the tanh, or altogether.
         self.inner = e.scale / e.softcap if e.softcap is not None else e.scale * e.post_scale
@@ -113,8 +104,8 @@ def locate(target: Tensor, chunks: list[tuple[int, int]]) -> list[Hit | None]:
 class Collector:
     """Gathers the sums of a block of R rows, tile by tile."""
 
-    def __init__(self, head: Head, rows: int, tiles: int) -> None:
-        self.head = head
+    def __init__(self, head: Head, rows: int, tiles: int, keep: bool) -> None:
+        self.head, self.keep = head, keep
         options = {"dtype": head.dtype, "device": head.weight.device}
         self.max = torch.empty(tiles, rows, **options)  # up to and with each tile
         self.sumexp = torch.empty(tiles, rows, **options)
@@ -123,29 +114,25 @@ class Collector:
         self.weight: list[float | Tensor] = [0.0] * tiles
 
     def add(self, number: int, logits: Tensor, hit: Hit | None, start: int) -> None:
-        """Take in tile `number`, logits (C, R) from column `start` on, which become exp(z - the maximum so far)."""
+        """Take in tile `number`, logits (C, R) from column `start` on.
+
+        They become exp(z - the maximum so far), or, where they need not be kept, nothing in particular.
+        """
         if hit is not None:
             self.target_logit[hit.row] = logits[hit.column, hit.row]
-        torch.amax(logits, 0, out=self.max[number])
-        if number:
-            torch.maximum(self.max[number], self.max[number - 1], out=self.max[number])
-        logits.sub_(finite(self.max[number]))
+        weights = weighted = None
         if self.smooth is not None:
-            self._weigh(number, logits, start)
-        torch.sum(exp_(logits), 0, out=self.sumexp[number])
+            weighted = self.smooth[number]
+            if self.head.class_weight is not None:
+                weights = self.head.class_weight[start : start + logits.shape[0]]
+            self.weight[number] = float(logits.shape[0]) if weights is None else weights.double().sum()
+        before = self.max[number - 1] if number else None
+        highest, sums = self.max[number], self.sumexp[number]
+        self.head.elementwise.exp_sums(logits, before, highest, sums, weighted, weights, self.keep)
 
     def rescale(self, number: int) -> Tensor:
         """What sums (R,) over the tiles before `number` are multiplied by to be relative to its maximum."""
         return exp_(self.max[number - 1] - finite(self.max[number]))
-
-    def _weigh(self, number: int, shifted: Tensor, start: int) -> None:
-        if self.head.class_weight is None:
-            torch.sum(shifted, 0, out=self.smooth[number])
-            self.weight[number] = float(shifted.shape[0])
-        else:
-            w = self.head.class_weight[start : start + shifted.shape[0]]
-            torch.mv(shifted.T, w, out=self.smooth[number])
-            self.weight[number] = w.double().sum()
 
     def sums(self) -> Sums:
         highest = self.max[-1].clone()
