@@ -17,6 +17,7 @@ from .native import elementwise
 from .rows import Coefficients
 from .spec import Partials, Problem
 
+
 class Sums(NamedTuple):
     """Per-row sums over all columns, relative to the largest logit so that none of them overflows or cancels."""
 
