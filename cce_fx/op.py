@@ -43,11 +43,15 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _kernel(device: torch.device) -> ModuleType:
+def gpu_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device."""
     # With TRITON_INTERPRET=1 triton runs the GPU's kernels on CPU tensors, for tests and debugging.
     gpu = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    name = "triton" if gpu and importlib.util.find_spec("triton") else "tiled"
-    return importlib.import_module(f".kernels.{name}", __package__)
+    return gpu and importlib.util.find_spec("triton") is not None
+
+
+def _kernel(device: torch.device) -> ModuleType:
+    return importlib.import_module(".kernels.triton" if gpu_kernels(device) else ".kernels.tiled", __package__)
 
 
 def _problem(
