@@ -53,13 +53,17 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks peers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shapes", default="tiny,small", help=f"{', '.join(SHAPES)}, N:D:V, or all; default: tiny,small")
+    parser.add_argument(
+        "--shapes", default="tiny,small", help=f"{', '.join(SHAPES)}, N:D:V, or all; default: tiny,small"
+    )
     parser.add_argument("--dtypes", default="float32", help="float32,bfloat16; default: float32")
     parser.add_argument("--modes", default=",".join(MODES))
     parser.add_argument("--only", help="a part of the names of implementations, separated by commas; default: all")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--filter-eps", type=lambda x: x if x == "auto" else float(x), help="adds cce_fx with this filter")
+    parser.add_argument(
+        "--filter-eps", type=lambda x: x if x == "auto" else float(x), help="adds cce_fx with this filter"
+    )
     parser.add_argument("--json", type=Path, help="where to keep the results")
     parser.add_argument("--png", type=Path, help="a picture of the results")
     args = parser.parse_args(arguments)
@@ -149,5 +153,3 @@ def view(rows: list[Row], shape: str, dtype: str, mode: str) -> View:
         ("", "time", "/ three products" if mode == "train" else "/ one product", "extra memory", "gradients", ""),
         tuple(lines),
     )
-
-

@@ -62,7 +62,9 @@ def numbers(text: str) -> list[int]:
 
 def point(store: Store, key: Row, chosen: list[Peer | Bare], rounds: int) -> None:
     """Measure every candidate at one size, unless the store has it."""
-    if {x.name for x in chosen} <= {r["implementation"] for r in store.find(**key) if r["note"] or len(r["seconds"]) >= rounds}:
+    if {x.name for x in chosen} <= {
+        r["implementation"] for r in store.find(**key) if r["note"] or len(r["seconds"]) >= rounds
+    }:
         return
     torch.compiler.reset()  # each size is compiled for itself
     values = inputs(key["n"], key["d"], key["v"], getattr(torch, key["dtype"]))

@@ -99,7 +99,7 @@ class LazyLogits(Tensor):
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         tensors = chain.tensors
         stamps = tuple([_stamp(t) for t in tensors])
-        needs = grad and any([t.requires_grad for t in tensors])
+        needs = grad and any(t.requires_grad for t in tensors)
         return cls._wrap(like, _State(chain, None, None, stamps, grad), needs)
 
     def _derive(self, op: lazy_ops.Op, like: Tensor) -> LazyLogits:

@@ -54,24 +54,27 @@ def bytes_needed(candidate: Candidate, needs: tuple[bool, bool, bool] | None, po
     )
     if view.hidden.steps and not _is_cast(view.hidden, view.dtype):
         copies += item * N * D
-    at_work = gradients + copies + _workspace(candidate, policy) + _PER_ROW * exact * N
-    afterwards = gradients + cast + (copies if needs is None else 0)
-    return sympy.Max(at_work, afterwards) if cast else at_work
+    again = any(wanted) and needs is None
+    at_work = gradients + copies + _workspace(candidate, again, policy) + _PER_ROW * exact * N
+    return sympy.Max(at_work, gradients + cast) if cast else at_work
 
 
 def _is_cast(operand: Operand, dtype: torch.dtype) -> bool:
     return value_of(operand.node).dtype != dtype
 
 
-def _workspace(candidate: Candidate, policy: Policy) -> sympy.Expr:
-    """What the kernel takes of its workspace: never more than the logits of all rows and what they are made from."""
+def _workspace(candidate: Candidate, again: bool, policy: Policy) -> sympy.Expr:
+    """What the kernel takes of its workspace: never more than the logits of all rows and what they are made from.
+
+    A backward that makes the logits `again` also adds up its gradients there, where they are rounded at the end.
+    """
     view = candidate.view
     exact = statistics_dtype(view.dtype).itemsize
     size = policy.workspace
     if size is None:
         device = value_of(view.hidden.node).device
         size = default_workspace(N, D, V, view.dtype, device, largest=sympy.Max, smallest=sympy.Min)
-    converted = 0 if view.dtype.itemsize == exact else 2 * exact * (N + V) * D
+    converted = 0 if view.dtype.itemsize == exact else (2 if again else 1) * exact * (N + V) * D
     return sympy.Min(size, exact * N * V + converted)
 
 

@@ -55,7 +55,10 @@ class Rewritten:
         steps = list(zip(reversed(self.path), reversed(self.sources), strict=True))
         width = max(len(name) for name in self.path) + 6
         tree = [f"      {'<- ' if at else ''}{name}".ljust(width + 6) + where for at, (name, where) in enumerate(steps)]
-        lines = [f"rewritten: saves {saved}, needs {needed}, {self.strategy}, logits {self.logits}", *(line.rstrip() for line in tree)]
+        lines = [
+            f"rewritten: saves {saved}, needs {needed}, {self.strategy}, logits {self.logits}",
+            *(line.rstrip() for line in tree),
+        ]
         return "\n".join(lines)
 
     @property
