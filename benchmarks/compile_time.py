@@ -1,4 +1,4 @@
-"""How long the pass itself takes, against the size of the graph: `python -m benchmarks.compile_time`.
+"""How long the pass itself takes, against the size of the graph: `python -m benchmarks compile_time`.
 
 Graphs of a chain of elementwise operations with one head and one loss at the end, whose nodes carry example values as
 Dynamo's do. A slope of 1 on log axes is linear.
@@ -52,11 +52,13 @@ def seconds(nodes: int, rounds: int) -> float:
     return statistics.median(found)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks compile_time", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--nodes", default="1000,2000,5000,10000,20000,50000")
     parser.add_argument("--rounds", type=int, default=5)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     table = Table(title="Time of the pass")
     for name in ("nodes", "median", "us a node", "slope"):
         table.add_column(name, justify="right")
@@ -68,7 +70,3 @@ def main() -> None:
         table.add_row(f"{nodes:,}", f"{time_of * 1e3:.1f} ms", f"{time_of / nodes * 1e6:.1f}", slope)
         before = nodes, time_of
     Console().print(table)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The loss of a head on a real GPU, beside its peers: `python -m benchmarks.gpu --help`.
+"""The loss of a head on a real GPU, beside its peers: `python -m benchmarks gpu --help`.
 
 For each shape: first the error of loss and gradients against float64, on few rows; then time and peak memory of forward,
 backward and both, medians of interleaved rounds. Writes `<out>/<device>.json` and a picture beside it. Memory is what is
@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.candidates import Loss, Peer, inputs, peers
 from benchmarks.measure import interleaved, peak_bytes
-from benchmarks.peers import Loss, Peer, peers
 
 SHAPES = {
     "Gemma 2 2B (the paper's)": (8192, 2304, 256000),
@@ -47,16 +47,6 @@ class Result:
     note: str = ""
 
 
-def inputs(n: int, d: int, v: int, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states and weights that give logits of unit variance, and a tenth of the targets ignored."""
-    generator = torch.Generator(device).manual_seed(0)
-    new = lambda *shape: torch.randn(*shape, generator=generator, device=device)  # noqa: E731
-    hidden, weight = new(n, d).to(dtype), (new(v, d) * d**-0.5).to(dtype)
-    target = torch.randint(v, (n,), generator=generator, device=device)
-    target[torch.rand(n, generator=generator, device=device) < 0.1] = -100
-    return hidden.requires_grad_(), weight.requires_grad_(), target
-
-
 def step(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     out = loss(hidden, weight, target)
     return (out.detach(), *torch.autograd.grad(out, (hidden, weight)))
@@ -65,7 +55,7 @@ def step(loss: Loss, hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Te
 def errors(loss: Loss, shape: tuple[int, int, int], dtype: torch.dtype, device: str) -> dict[str, float]:
     """The largest error of each result over its largest value, on at most 256 rows."""
     n, d, v = shape
-    hidden, weight, target = inputs(min(n, 256), d, v, dtype, device)
+    hidden, weight, target = inputs(min(n, 256), d, v, dtype, device, ignored=0.1)
     found = step(loss, hidden, weight, target)
     wide = (x.detach().double().requires_grad_() for x in (hidden, weight))
     exact = step(lambda h, w, t: F.cross_entropy(F.linear(h, w), t), *wide, target)
@@ -81,7 +71,7 @@ def measure(name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: 
     results: dict[str, Result] = {}
     runs: dict[str, dict[str, Callable[[], object]]] = {"forward": {}, "both": {}, "backward": {}}
     torch.compiler.reset()
-    values = inputs(*shape, dtype, device)
+    values = inputs(*shape, dtype, device, ignored=0.1)
     for peer in peers(device):
         results[peer.name] = _try(peer, name, shape, dtype, device, values, runs)
     for what, calls in runs.items():
@@ -129,44 +119,32 @@ def _errors(r: Result) -> list[str]:
 
 def draw(results: list[Result], title: str, path: Path) -> None:
     """Time and memory of each implementation, a row of bars for each shape."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from benchmarks.pictures import bars, save, subplots
 
     shapes = list(dict.fromkeys(r.shape for r in results))
-    figure, axes = plt.subplots(len(shapes), 2, figsize=(11, 2.6 * len(shapes)), squeeze=False, layout="constrained")
+    figure, axes = subplots(len(shapes))
     for (left, right), shape in zip(axes, shapes, strict=True):
         rows = [r for r in results if r.shape == shape and r.both is not None]
-        names, at = [r.implementation for r in rows], range(len(rows))
-        colours = ["#0072b2" if n.startswith("cce_fx") else "#8c8c8c" for n in names]
-        for axis, values, what in (
-            (left, [r.both * 1e3 for r in rows], "forward and backward, ms"),
-            (right, [r.extra_bytes / 2**20 for r in rows], "memory beyond the gradients, MiB"),
-        ):
-            bars = axis.barh(at, values, color=colours)
-            axis.bar_label(bars, [f"{v:,.0f}" if v >= 100 else f"{v:.1f}" for v in values], padding=3, fontsize=8)
-            axis.set_title(f"{shape}: {what}", fontsize=9, loc="left")
-            axis.set_yticks(at, names if axis is left else [""] * len(rows), fontsize=8)
-            axis.invert_yaxis()
-            axis.margins(x=0.15)
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=110)
+        names = [r.implementation for r in rows]
+        bars(left, names, [r.both * 1e3 for r in rows], f"{shape}: forward and backward, ms", labels=True)
+        bars(right, names, [r.extra_bytes / 2**20 for r in rows], "memory beyond the gradients, MiB", labels=False)
+    save(figure, title, path)
 
 
 def device_name(device: str) -> str:
     return torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", action="append", help="N,D,V (repeatable); default: four well-known models")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--out", type=Path, default=Path("out"))
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
             "no GPU: torch.cuda.is_available() is False. `--device cpu --shape 64,32,500` tries the program."
@@ -186,7 +164,3 @@ def main() -> None:
     path.write_text(json.dumps({**about, "results": [asdict(r) for r in results]}, indent=1) + "\n")
     draw(results, title, path.with_suffix(".png"))
     console.print(f"written: {path} and {path.with_suffix('.png')}")
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -50,10 +51,22 @@ def seconds(run: Callable[[], object], device: str = "cpu") -> float:
     return time.perf_counter() - begin
 
 
-def interleaved(runs: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, list[float]]:
-    """Seconds of each run in each round; what else the machine does hits all alike."""
+def interleaved(
+    runs: dict[str, Callable[[], object]],
+    rounds: int,
+    device: str = "cpu",
+    after: Callable[[dict[str, list[float]]], None] = lambda times: None,
+) -> dict[str, list[float]]:
+    """Seconds of each run in each round; what else the machine does hits all alike. `after` is told after every round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
             times[name].append(seconds(run, device))
+        after(times)
     return times
+
+
+def free_bytes() -> int:
+    """Memory of the machine that is not in use."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024

@@ -1,4 +1,4 @@
-"""Whether training goes as it does in eager: `python -m benchmarks.quality --picture docs/images/training_quality.png`.
+"""Whether training goes as it does in eager: `python -m benchmarks quality --picture docs/images/training_quality.png`.
 
 The GPT of `examples/train_lm.py` is trained from one seed on the same batches. Training is chaotic: what a program rounds
 in another way grows with the steps, so cce's distance from eager says nothing by itself. It is compared with eager's own
@@ -99,15 +99,17 @@ def draw(results: dict[str, dict[str, list[float]]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks quality", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--vocab", type=int, default=8192)
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--child", help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.child:
         print(json.dumps(train(**json.loads(args.child))))
         return
@@ -119,7 +121,7 @@ def main() -> None:
             settings = {"backend": backend, "threads": threads, "moved": moved, "precision": precision}
             child = json.dumps(settings | {"steps": args.steps, "vocab": args.vocab, "cache": str(args.cache)})
             with console.status(f"{precision}: {name}"):
-                command = [sys.executable, "-m", "benchmarks.quality", "--child", child]
+                command = [sys.executable, "-m", "benchmarks", "quality", "--child", child]
                 done = subprocess.run(command, capture_output=True, text=True, check=True)
             found[name] = json.loads(done.stdout.strip().splitlines()[-1])
             gaps = distances(found, name)
@@ -130,7 +132,3 @@ def main() -> None:
         args.json.write_text(json.dumps(results))
     if args.picture:
         draw(results, args.picture)
-
-
-if __name__ == "__main__":
-    main()

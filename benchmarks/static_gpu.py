@@ -1,4 +1,4 @@
-"""What the compiler makes of the GPU kernels, and what a roofline says of them: `python -m benchmarks.static_gpu --help`.
+"""What the compiler makes of the GPU kernels, and what a roofline says of them: `python -m benchmarks static_gpu --help`.
 
 Needs no GPU: every kernel of one training pass is compiled ahead of time for each architecture, with the arguments of the
 given shape, beside the kernels of cut-cross-entropy and liger-kernel where those are installed. Nothing here is a
@@ -125,13 +125,16 @@ def show_roofline(console: Console, found: list[dict[str, object]], shape: str) 
     console.print(view)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks static_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", default="8192,2304,256000", help="N,D,V; default: the paper's, Gemma 2 2B")
     parser.add_argument("--softcap", type=float, help="with a softcap of that size")
     parser.add_argument("--arch", action="append", choices=sorted(BY_ARCH), help=f"default: {', '.join(ARCHS)}")
     parser.add_argument("--json", type=Path, help="write both tables there")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*FP_FUSION.*")
     n, d, v = (int(x) for x in args.shape.split(","))
     problem = bfloat16_problem(n, d, v, epilogue=Epilogue(softcap=args.softcap))
@@ -149,8 +152,3 @@ def main() -> None:
     show_roofline(console, times, args.shape)
     if args.json:
         args.json.write_text(json.dumps({"kernels": [asdict(r) for r in table], "roofline": times}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()

@@ -1,4 +1,4 @@
-"""A whole training step of a Llama, eager, inductor and cce in one process: `python -m benchmarks.step`.
+"""A whole training step of a Llama, eager, inductor and cce in one process: `python -m benchmarks step`.
 
 The model is transformers' own, unmodified, of 72 million parameters with tied embeddings at the default sizes.
 Steps are interleaved, medians of `--rounds`. The peak is what a step (forward, backward, fused AdamW) holds beyond the
@@ -55,8 +55,10 @@ def stepper(backend: str, args: argparse.Namespace) -> tuple[Callable[[], float]
     return step, sum(p.numel() for p in model.parameters())
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--layers", type=int, default=2)
@@ -65,7 +67,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(BACKENDS))
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     steps, parameters, losses, peaks = {}, 0, {}, {}
     for backend in args.only.split(","):
         steps[backend], parameters = stepper(backend, args)
@@ -87,7 +89,3 @@ def main() -> None:
     Console().print(table)
     if args.json:
         args.json.write_text(json.dumps({"losses": losses, "peaks": peaks, "seconds": times}))
-
-
-if __name__ == "__main__":
-    main()

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .kernels import plan
 from .kernels.spec import Epilogue, Needs
-from .op import statistics_dtype  # importing it registers the operators
+from .op import gpu_kernels, statistics_dtype  # importing it registers the operators
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -224,6 +225,20 @@ def makes_grads_in_forward(strategy: str, reduction: str, dtype: torch.dtype) ->
     if reduction == "none" or strategy == "recompute":
         return False
     return strategy == "grads_in_forward" or dtype != torch.float16
+
+
+def default_workspace(
+    rows: Any, width: Any, classes: Any, dtype: torch.dtype, device: torch.device, largest: Any, smallest: Any
+) -> Any:
+    """Bytes that the kernel of a device may hold beyond its results where nobody says how many.
+
+    Sizes may be symbols; `largest` and `smallest` of two are then the library's own.
+    """
+    if gpu_kernels(device):
+        from .kernels.triton.cost import default_scratch
+
+        return default_scratch(rows, width, classes, dtype.itemsize, largest, smallest)
+    return plan.default_workspace(rows, classes, statistics_dtype(dtype).itemsize, largest, smallest)
 
 
 def _check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None) -> None:

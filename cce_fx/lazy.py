@@ -97,8 +97,9 @@ class LazyLogits(Tensor):
         if like is None:
             like = _meta_run(chain)
         grad = torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
-        stamps = tuple(_stamp(t) for t in chain.tensors)
-        needs = grad and any(t.requires_grad for t in chain.tensors)
+        tensors = chain.tensors
+        stamps = tuple([_stamp(t) for t in tensors])
+        needs = grad and any(t.requires_grad for t in tensors)
         return cls._wrap(like, _State(chain, None, None, stamps, grad), needs)
 
     def _derive(self, op: lazy_ops.Op, like: Tensor) -> LazyLogits:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ _HEAD = (
     "float? filter_eps, bool tune"
 )
 _HEAD_ARGS = _HEAD.count(",") + 1
+_LIBRARY = torch.library.Library("cce", "FRAGMENT")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -41,11 +43,15 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _kernel(device: torch.device) -> ModuleType:
+def gpu_kernels(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device."""
     # With TRITON_INTERPRET=1 triton runs the GPU's kernels on CPU tensors, for tests and debugging.
     gpu = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    name = "triton" if gpu and importlib.util.find_spec("triton") else "tiled"
-    return importlib.import_module(f".kernels.{name}", __package__)
+    return gpu and importlib.util.find_spec("triton") is not None
+
+
+def _kernel(device: torch.device) -> ModuleType:
+    return importlib.import_module(".kernels.triton" if gpu_kernels(device) else ".kernels.tiled", __package__)
 
 
 def _problem(
@@ -88,8 +94,8 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, 
             "cce::linear_cross_entropy takes hidden (N, D), weight (V, D) and target (N,), not "
             f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(target.shape)}"
         )
-    torch._check(hidden.shape[1] == weight.shape[1], lambda: f"hidden size {hidden.shape[1]} is not {weight.shape[1]}")
-    torch._check(hidden.shape[0] == target.shape[0], lambda: f"{hidden.shape[0]} rows, {target.shape[0]} targets")
+    _check_equal(hidden.shape[1], weight.shape[1], "hidden size {} is not {}")
+    _check_equal(hidden.shape[0], target.shape[0], "{} rows, {} targets")
     exact = statistics_dtype(hidden.dtype)
     if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
         raise TypeError(f"hidden and weight must share one floating dtype, not {hidden.dtype} and {weight.dtype}")
@@ -105,7 +111,13 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, 
 def _check_per_class(name: str, values: Tensor, weight: Tensor) -> None:
     if values.dim() != 1:
         raise ValueError(f"{name} must be one-dimensional, not {tuple(values.shape)}")
-    torch._check(values.shape[0] == weight.shape[0], lambda: f"{name} does not have one entry per class")
+    _check_equal(values.shape[0], weight.shape[0], f"{name} has {{}} entries for {{}} classes")
+
+
+def _check_equal(a: Any, b: Any, text: str) -> None:
+    """Raise RuntimeError where two sizes differ. `torch._check` alone takes longer than all else here."""
+    if type(a) is not int or type(b) is not int or a != b:
+        torch._check(a == b, lambda: text.format(a, b))
 
 
 def _some(grads: Grads, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,15 +143,22 @@ def _fake_grads(
     )
 
 
+def _operator(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define cce::`name` and return it.
+
+    What `torch.library.custom_op` does, less its look at every result's memory in every call: no kernel returns an input or
+    one piece of memory twice, which the tests ask `torch.library.opcheck`.
+    """
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cce::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.cce, name).default
+
+
 # --- per-token statistics -------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cce::linear_cross_entropy",
-    mutates_args=(),
-    schema=f"({_HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth, Tensor max, Tensor sumexp)",
-)
-def linear_cross_entropy(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+def _stats(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     """Per-token statistics of hidden (N, D) @ weight.T (D, V): nll (N,), lse (N,), smooth (N,) or (0,), and of what
     the backward needs: max (N,), the largest logit, and sumexp (N,) relative to it, both without a gradient.
 
@@ -151,22 +170,21 @@ def linear_cross_entropy(hidden, weight, bias, target, class_weight, *rest):  # 
     return tuple(_kernel(hidden.device).forward(problem))
 
 
-@linear_cross_entropy.register_fake
-def _(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+def _stats_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     _check(hidden, weight, bias, target, class_weight)
     nll, lse, smooth = _fake_stats(hidden, rest[2])
     return nll, lse, smooth, torch.empty_like(nll), torch.empty_like(nll)
 
 
-@torch.library.custom_op(
-    "cce::linear_cross_entropy_backward",
-    mutates_args=(),
-    schema=(
-        f"({_HEAD}, Tensor max, Tensor sumexp, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_smooth, bool need_hidden, "
-        "bool need_weight, bool need_bias) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)"
-    ),
+linear_cross_entropy = _operator(
+    "linear_cross_entropy",
+    f"({_HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth, Tensor max, Tensor sumexp)",
+    _stats,
+    _stats_fake,
 )
-def linear_cross_entropy_backward(*args):  # type: ignore[no-untyped-def]
+
+
+def _stats_grads(*args):  # type: ignore[no-untyped-def]
     """Gradients of `cce::linear_cross_entropy`; one that is not needed comes back empty."""
     problem = _problem(*args[:_HEAD_ARGS])
     highest, sumexp, grad_nll, grad_lse, grad_smooth, *needs = args[_HEAD_ARGS:]
@@ -174,9 +192,17 @@ def linear_cross_entropy_backward(*args):  # type: ignore[no-untyped-def]
     return _some(_kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, Needs(*needs)), problem.hidden)
 
 
-@linear_cross_entropy_backward.register_fake
-def _(*args):  # type: ignore[no-untyped-def]
+def _stats_grads_fake(*args):  # type: ignore[no-untyped-def]
     return _fake_grads(*args[:3], *args[-3:])
+
+
+linear_cross_entropy_backward = _operator(
+    "linear_cross_entropy_backward",
+    f"({_HEAD}, Tensor max, Tensor sumexp, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_smooth, bool need_hidden, "
+    "bool need_weight, bool need_bias) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
+    _stats_grads,
+    _stats_grads_fake,
+)
 
 
 def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -193,7 +219,7 @@ def _stats_backward(
     needs = tuple(bool(n) for n in ctx.needs_input_grad[:3])
     if not ctx.rest[2]:
         grad_smooth = None
-    grads = torch.ops.cce.linear_cross_entropy_backward(
+    grads = linear_cross_entropy_backward(
         hidden, weight, bias, target, class_weight, *ctx.rest, *norm, grad_nll, grad_lse, grad_smooth, *needs
     )
     return _wanted(grads, needs) + (None,) * (_HEAD_ARGS - 3)
@@ -203,22 +229,13 @@ def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor 
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-linear_cross_entropy.register_autograd(_stats_backward, setup_context=_stats_setup)
+torch.library.register_autograd(linear_cross_entropy, _stats_backward, setup_context=_stats_setup, lib=_LIBRARY)
 
 
 # --- weighted sum with gradients in the forward -----------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cce::linear_cross_entropy_with_grads",
-    mutates_args=(),
-    schema=(
-        f"({_HEAD}, Tensor weight_nll, Tensor? weight_lse, Tensor? weight_smooth, bool need_hidden, bool need_weight, "
-        "bool need_bias) -> (Tensor total, Tensor nll, Tensor lse, Tensor smooth, Tensor d_hidden, Tensor d_weight, "
-        "Tensor d_bias)"
-    ),
-)
-def linear_cross_entropy_with_grads(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+def _sum(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     """total = sum(weight_nll * nll) + sum(weight_lse * lse) + sum(weight_smooth * smooth), and its gradients.
 
     The row weights are (N,) in the statistics' dtype and constants: no gradient flows into them. Only `total` () is
@@ -237,11 +254,20 @@ def linear_cross_entropy_with_grads(hidden, weight, bias, target, class_weight, 
     return (total, stats.nll, stats.lse, stats.smooth, *_some(grads, hidden))
 
 
-@linear_cross_entropy_with_grads.register_fake
-def _(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
+def _sum_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     _check(hidden, weight, bias, target, class_weight)
     total = hidden.new_empty((), dtype=statistics_dtype(hidden.dtype))
     return (total, *_fake_stats(hidden, rest[2]), *_fake_grads(hidden, weight, bias, *rest[-3:]))
+
+
+linear_cross_entropy_with_grads = _operator(
+    "linear_cross_entropy_with_grads",
+    f"({_HEAD}, Tensor weight_nll, Tensor? weight_lse, Tensor? weight_smooth, bool need_hidden, bool need_weight, "
+    "bool need_bias) -> (Tensor total, Tensor nll, Tensor lse, Tensor smooth, Tensor d_hidden, Tensor d_weight, "
+    "Tensor d_bias)",
+    _sum,
+    _sum_fake,
+)
 
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -280,19 +306,13 @@ class _Once(torch.autograd.Function):
         )
 
 
-linear_cross_entropy_with_grads.register_autograd(_sum_backward, setup_context=_sum_setup)
+torch.library.register_autograd(linear_cross_entropy_with_grads, _sum_backward, setup_context=_sum_setup, lib=_LIBRARY)
 
 
 # --- the likeliest class -----------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "cce::linear_argmax",
-    mutates_args=(),
-    schema="(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? softcap, float post_scale, int? workspace) "
-    "-> Tensor",
-)
-def linear_argmax(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ignore[no-untyped-def]
+def _argmax(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ignore[no-untyped-def]
     """The class (N,) int64 of the largest logit of each row of hidden (N, D); no gradient."""
     target = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     _check(hidden, weight, bias, target, None)
@@ -300,9 +320,16 @@ def linear_argmax(hidden, weight, bias, scale, softcap, post_scale, workspace): 
     return argmax(Problem(hidden, weight, bias, target, epilogue, ignore_index=None, workspace=workspace))
 
 
-@linear_argmax.register_fake
-def _(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ignore[no-untyped-def]
+def _argmax_fake(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ignore[no-untyped-def]
     return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
+
+
+linear_argmax = _operator(
+    "linear_argmax",
+    "(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? softcap, float post_scale, int? workspace) -> Tensor",
+    _argmax,
+    _argmax_fake,
+)
 
 
 # --- autocast -----------------------------------------------------------------------------------------------------------
@@ -328,10 +355,9 @@ def _register_autocast(op: torch._ops.OpOverload, device_type: str) -> None:
     _LIBRARY.impl(op._schema.name.split("::")[1], rule, key.name)
 
 
-_LIBRARY = torch.library.Library("cce", "FRAGMENT")
 for _device in ("cpu", "cuda", "xpu"):
     for _op in (
-        torch.ops.cce.linear_cross_entropy.default,
-        torch.ops.cce.linear_cross_entropy_with_grads.default,
+        linear_cross_entropy,
+        linear_cross_entropy_with_grads,
     ):
         _register_autocast(_op, _device)

@@ -36,8 +36,7 @@ class LazyOutput:
     index: int  # among the graph's outputs
     linear: str  # node name
     chain: GraphModule  # (hidden, *inputs) -> logits
-    hidden: Source
-    inputs: tuple[Source, ...]
+    sources: tuple[Source, ...]  # of hidden, then of the inputs
     rowwise: bool  # each row of hidden gives its row of logits
     classes: int
     dtype: torch.dtype
@@ -103,7 +102,7 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
             sources.append(Source("output", results.index(needed)))
         if results[index] is node:
             results[index] = None
-        made.append(LazyOutput(index, view.linear.name, chain, sources[0], tuple(sources[1:]), *_layout(node, view)))
+        made.append(LazyOutput(index, view.linear.name, chain, tuple(sources), *_layout(node, view)))
     output.args = (tuple(results),)
     if "example_value" in output.meta:
         output.meta["example_value"] = tuple(value_of(r) for r in results)
@@ -183,12 +182,12 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
     """The compiled graph with `LazyLogits` in the places that were cut."""
 
     def call(*args: Any) -> Any:
-        results = list(compiled(*args))
-        places = {"input": args, "output": tuple(results)}
+        found = compiled(*args)
+        results = list(found[: cut.results])
         for output in cut.lazy:
-            hidden = places[output.hidden.kind][output.hidden.index]
-            inputs = tuple(places[s.kind][s.index] for s in output.inputs)
-            results[output.index] = LazyLogits.make(HeadChain(hidden, inputs, output.chain), output.like(hidden))
-        return results[: cut.results]
+            hidden, *inputs = [(args if s.kind == "input" else found)[s.index] for s in output.sources]
+            chain = HeadChain(hidden, tuple(inputs), output.chain)
+            results[output.index] = LazyLogits.make(chain, output.like(hidden))
+        return results
 
     return call

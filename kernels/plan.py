@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .combine import statistics_dtype
 from .rows import Rows
@@ -60,18 +61,23 @@ def held_columns(rows: int, classes: int, plan: Plan) -> int:
     return max(min(classes, columns, plan.elements // rows), 1)
 
 
-def _elements(problem: Problem, rows: int) -> int:
-    """The workspace in elements of the accumulation dtype.
+def default_workspace(rows: Any, classes: Any, item: int, largest: Any = max, smallest: Any = min) -> Any:
+    """Bytes that may be held beyond the results where nobody says how many, for logits of `item` bytes.
 
-    By default a 20th of what a dense loss holds (three times the logits), from 1 to 64 MiB. Rows are what it buys, and
-    with twice the rows to a block the weight and its gradient cross the memory bus half as often: from 16 to 64 MiB the
-    time at N=4096 D=1024 V=50257 falls by a seventh, from 64 to 256 by a twentieth (`benchmarks/kernel.py`).
+    A 20th of what a dense loss holds (three times the logits), from 1 to 64 MiB. Rows are what it buys, and with twice the
+    rows to a block the weight and its gradient cross the memory bus half as often: from 16 to 64 MiB the time at N=4096
+    D=1024 V=50257 falls by a seventh, from 64 to 256 by a twentieth (`benchmarks kernel`).
+
+    Sizes may be symbols, with the library's own functions for the `largest` and the `smallest` of two.
     """
-    item = 8 if problem.hidden.dtype.itemsize == 8 else 4
+    return smallest(largest(3 * item * rows * classes // 20, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
+
+
+def _elements(problem: Problem, rows: int) -> int:
+    """The workspace in elements of the accumulation dtype."""
+    item = statistics_dtype(problem.hidden.dtype).itemsize
     size = problem.workspace
-    if size is None:
-        size = min(max(3 * item * rows * problem.weight.shape[0] // 20, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
-    return size // item
+    return (default_workspace(rows, problem.weight.shape[0], item) if size is None else size) // item
 
 
 def step_down(rows: int) -> int:

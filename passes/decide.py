@@ -1,7 +1,6 @@
 """Decide: what may be rewritten, and what is worth it.
 
-Legality comes first and needs nothing but the candidate. Worth is a sympy expression of the bytes that the program no
-longer holds, in N, D and V; under dynamic shapes N stays a symbol, and no guard is added.
+Legality comes first and needs nothing but the candidate. What it is worth is counted in bytes by `memory`.
 """
 
 from __future__ import annotations
@@ -10,14 +9,13 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import sympy
 import torch
 from torch.fx import Node
 
 from ..functional import makes_grads_in_forward
+from .memory import D, N, V, bytes_needed, bytes_saved
 from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, value_of
 
-N, D, V = sympy.symbols("N D V", positive=True, integer=True)
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SMALLEST_VOCAB = 32
 
@@ -33,20 +31,6 @@ class Policy:
     tune: bool = False  # block shapes by timing, where the kernel has a choice
 
 
-def bytes_saved(candidate: Candidate) -> sympy.Expr:
-    """Bytes that eager holds at its peak for this loss, and a rewritten program does not.
-
-    Eager keeps the logits, their log-softmax for the backward, and then the gradient of each; casts on the way keep a
-    copy more. A loss without gradient keeps the logits and their log-softmax.
-    """
-    item = candidate.view.dtype.itemsize
-    loss_item = value_of(candidate.anchor).dtype.itemsize
-    copies = item + loss_item + (loss_item if loss_item != item else 0)
-    if value_of(candidate.anchor).requires_grad:
-        copies += loss_item
-    return N * V * copies
-
-
 def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) -> LossSite | Decline:
     """A site that may be rewritten, or the reason why not; `needed` are views that stay, whatever is rewritten."""
     view = candidate.view
@@ -58,12 +42,12 @@ def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) 
         return Decline(Reason.SMALL, candidate.anchor, f"{view.classes} classes, hidden size {view.hidden_size}")
     if candidate.result is not Result.LOSS and any(n in needed for n in view.path):
         return Decline(Reason.USED, candidate.anchor)
-    saved = bytes_saved(candidate)
-    rows = row_count(view)
-    value = None
-    if isinstance(rows, int):
-        value = int(saved.subs({N: rows, V: view.classes, D: view.hidden_size}))
-    return LossSite(candidate, _needs(candidate, policy), saved, value)
+    needs = _needs(candidate, policy)
+    saved, needed = bytes_saved(candidate), bytes_needed(candidate, needs, policy)
+    sizes = {N: row_count(view), V: view.classes, D: view.hidden_size}
+    known = all(isinstance(size, int) for size in sizes.values())
+    values = [int(bytes.subs(sizes)) if known else None for bytes in (saved, needed)]
+    return LossSite(candidate, needs, saved, values[0], needed, values[1])
 
 
 def illegal_head(view: LogitsView) -> Decline | None:

@@ -6,6 +6,9 @@ import html
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import sympy
+
+from .memory import D, N, V, largest_rows
 from .values import Decline, LossSite, source_line
 
 
@@ -21,6 +24,10 @@ class Rewritten:
     strategy: str  # "grads_in_forward" or "recompute"
     bytes_saved: int | None  # at the example shapes; None where they are symbolic
     bytes_saved_expr: str  # in N rows, D hidden size, V classes
+    bytes_needed: int | None  # by the rewritten loss at its peak, gradients included
+    bytes_needed_expr: str
+    hidden_size: int | None  # None where it is symbolic
+    classes: int | None
     logits: str  # "unused", "lazy", "returned" or "used"
 
     @classmethod
@@ -35,16 +42,40 @@ class Rewritten:
             strategy="recompute" if site.needs is None else "grads_in_forward",
             bytes_saved=site.saved_value,
             bytes_saved_expr=str(site.saved_bytes),
+            bytes_needed=site.needed_value,
+            bytes_needed_expr=str(site.needed_bytes),
+            hidden_size=_known(view.hidden_size),
+            classes=_known(view.classes),
             logits=logits,
         )
 
     def __str__(self) -> str:
-        saved = self.bytes_saved_expr + " bytes" if self.bytes_saved is None else human_bytes(self.bytes_saved)
+        saved = _amount(self.bytes_saved, self.bytes_saved_expr)
+        needed = _amount(self.bytes_needed, self.bytes_needed_expr)
         steps = list(zip(reversed(self.path), reversed(self.sources), strict=True))
         width = max(len(name) for name in self.path) + 6
         tree = [f"      {'<- ' if at else ''}{name}".ljust(width + 6) + where for at, (name, where) in enumerate(steps)]
-        lines = [f"rewritten: saves {saved}, {self.strategy}, logits {self.logits}", *(line.rstrip() for line in tree)]
+        lines = [
+            f"rewritten: saves {saved}, needs {needed}, {self.strategy}, logits {self.logits}",
+            *(line.rstrip() for line in tree),
+        ]
         return "\n".join(lines)
+
+    @property
+    def needed_by_rows(self) -> sympy.Expr:
+        """`bytes_needed` as an expression in N alone. Raises ValueError where D or V is symbolic."""
+        if self.hidden_size is None or self.classes is None:
+            raise ValueError(f"the hidden size or the number of classes of {self.loss} is not known")
+        expression = sympy.sympify(self.bytes_needed_expr, locals={"N": N, "D": D, "V": V})
+        return expression.subs({D: self.hidden_size, V: self.classes})
+
+
+def _known(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def _amount(value: int | None, expression: str) -> str:
+    return f"{expression} bytes" if value is None else human_bytes(value)
 
 
 @dataclass(frozen=True)
@@ -87,10 +118,30 @@ class Report:
         """Bytes saved at the example shapes, over all rewritten losses whose shapes are known."""
         return sum(r.bytes_saved or 0 for r in self.rewritten)
 
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes that the rewritten losses hold at their peak, all together, beyond what the program holds without them."""
+        return sum(r.bytes_needed or 0 for r in self.rewritten)
+
+    def max_batch(self, memory: int) -> int:
+        """The largest number of rows (tokens) N in each rewritten loss for which they fit into `memory`; 0 where none does.
+
+        Args:
+            memory: bytes for the losses: their gradients of hidden, weight and bias, and what the kernel works in. What the
+                rest of the program holds for N rows is not among them.
+
+        Raises:
+            ValueError: no loss was rewritten, or the hidden size or the number of classes of one is symbolic.
+        """
+        if not self.rewritten:
+            raise ValueError("no loss was rewritten")
+        return largest_rows(sum(r.needed_by_rows for r in self.rewritten), memory)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "graphs": self.graphs,
             "bytes_saved": self.bytes_saved,
+            "bytes_needed": self.bytes_needed,
             "rewritten": [vars(r).copy() for r in self.rewritten],
             "declined": [vars(d).copy() for d in self.declined],
         }

@@ -253,8 +253,10 @@ class LossSite:
 
     candidate: Candidate
     needs: tuple[bool, bool, bool] | None  # gradients to make in the forward; None recomputes in the backward
-    saved_bytes: Any  # sympy expression
+    saved_bytes: Any  # sympy expression, as of `passes.memory`
     saved_value: int | None  # its value at the example shapes, where they are known
+    needed_bytes: Any  # likewise
+    needed_value: int | None
 
 
 def value_of(node: Any) -> Any:

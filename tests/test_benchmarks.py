@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import gpu, kernel, measure, peers
+from benchmarks import candidates, measure, peers, scaling, store
+from benchmarks.__main__ import COMMANDS, main
 
 
 def test_gpu_program_compares_what_runs_here_and_names_the_rest(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = "gpu --device cpu --dtype float32 --shape 40,32,300 --rounds 2".split()
-    monkeypatch.setattr(sys, "argv", [*arguments, "--out", str(tmp_path)])
-    gpu.main()
+    main([*"gpu --device cpu --dtype float32 --shape 40,32,300 --rounds 2 --out".split(), str(tmp_path)])
     (path,) = tmp_path.glob("*.json")
     assert path.with_suffix(".png").stat().st_size > 10_000
     found = {r["implementation"]: r for r in json.loads(path.read_text())["results"]}
-    assert list(found) == [p.name for p in peers.peers("cpu")]
+    assert list(found) == [p.name for p in candidates.peers("cpu")]
     for name in ("eager", "inductor", "cce_fx", "cce_fx, recompute"):
         assert found[name]["both"] > 0 < found[name]["forward"] and max(found[name]["error"].values()) < 1e-5
     assert found["liger-kernel"]["note"] and found["liger-kernel"]["both"] is None
@@ -29,16 +27,100 @@ def test_gpu_program_compares_what_runs_here_and_names_the_rest(
 
 
 def test_gpu_program_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["gpu"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="no GPU"):
-        gpu.main()
+        main(["gpu"])
 
 
-def test_kernel_program_prints_ratios(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", "kernel --shape 64,16,500 --rounds 1 --runs floor,tiled,ignored".split())
-    kernel.main()
-    assert "/floor" in capsys.readouterr().out
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([command, "--help"])
+    assert stop.value.code == 0 and f"benchmarks {command}" in capsys.readouterr().out
+
+
+def test_an_unknown_command_is_named_with_those_there_are() -> None:
+    with pytest.raises(SystemExit, match=r"no benchmark 'per'.*peers"):
+        main(["per"])
+
+
+def test_kernel_program_prints_ratios(capsys: pytest.CaptureFixture[str]) -> None:
+    main("kernel --shapes 64:16:500 --rounds 1 --runs".split() + ["three products,tiled,ignored"])
+    out = capsys.readouterr().out
+    assert "three products" in out and "ignored" in out
+
+
+def test_peers_are_compared_recorded_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "peers.json"
+    command = f"peers --shapes 64:16:600 --rounds 2 --only product,eager,cce_fx,liger --json {path}".split()
+    main(command)
+    _, _, rows = store.read(path)
+    assert {r["mode"] for r in rows} == set(candidates.MODES)
+    found = {r["implementation"]: r for r in rows if r["mode"] == "train"}
+    assert all(len(found[name]["seconds"]) == 2 for name in ("three products", "one product", "eager", "cce_fx"))
+    assert found["eager"]["gradients"] == 4 * 16 * (64 + 600) and found["three products"]["gradients"] == 0
+    # Two tensors of the logits' size are alive at once in eager's backward, and gradients are not counted.
+    assert 2 * 64 * 600 * 4 <= found["eager"]["peak"] - found["eager"]["gradients"] < 3.5 * 64 * 600 * 4
+    assert found["liger-kernel"]["note"] == "runs on a GPU only"
+    main(command)  # has nothing left to do
+    assert store.read(path)[2] == rows
+    main(["report", str(path), "--out", str(tmp_path)])
+    assert "| cce_fx |" in capsys.readouterr().out and (tmp_path / "peers.png").stat().st_size > 10_000
+
+
+def test_a_stopped_run_keeps_its_rounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, keep, rounds = tmp_path / "peers.json", peers.keep, []
+
+    def stop(*args: object) -> None:
+        keep(*args)  # type: ignore[arg-type]
+        rounds.append(1)
+        if len(rounds) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(peers, "keep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        main(f"peers --shapes 32:8:300 --modes eval --rounds 5 --only eager --json {path}".split())
+    ((row,)) = store.read(path)[2]
+    assert len(row["seconds"]) == 2
+
+
+def test_what_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "free_bytes", lambda: 1000)
+    values = candidates.inputs(64, 8, 300, torch.float32)
+    row, run = peers.first(candidates.peers("cpu")[0], "train", values)
+    assert run is None and row["note"].startswith("needs ")
+
+
+def test_scaling_program_fits_slopes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "scaling.json"
+    only = ["--only", "one product,eager", "--png", str(tmp_path / "a.png")]
+    main([*f"scaling --n 64,128 --v 500,1000 --n-fixed 64 --v-fixed 500 --d 8 --rounds 1 --json {path}".split(), *only])
+    rows = store.read(path)[2]
+    assert 0.9 < scaling.slope(scaling.curve(rows, "n", "eager", "memory")) < 1.1
+    assert "Slopes" in capsys.readouterr().out and (tmp_path / "a.png").stat().st_size > 10_000
+
+
+def test_slope_of_a_power() -> None:
+    assert scaling.slope([(x, 3 * x**1.5) for x in (1.0, 2.0, 8.0)]) == pytest.approx(1.5)
+
+
+def test_overhead_program_tells_the_parts_apart(tmp_path: Path) -> None:
+    path = tmp_path / "overhead.json"
+    main(f"overhead --rounds 1 --repeat 2 --parts call,import --json {path}".split())
+    rows = store.read(path)[2]
+    names = [r["name"] for r in rows if r.get("what") == "step, logits returned"]
+    assert names == ["inductor", "cce", "cce without the kernel"]
+    assert {r["name"]: r["modules"] for r in rows if r["part"] == "import"}["cce_fx"] == 2
+
+
+def test_inputs_are_those_of_a_trained_head() -> None:
+    hidden, weight, target = candidates.inputs(512, 64, 2000, torch.float32)
+    logits = (hidden @ weight.T).detach()
+    loss = torch.nn.functional.cross_entropy(logits, target)
+    drawn = torch.multinomial(logits.softmax(1), 1)[:, 0]
+    # Targets are as likely under the softmax as those that are drawn from it.
+    assert abs(loss - torch.nn.functional.cross_entropy(logits, drawn)) < 0.5
+    assert loss < 6.5 < torch.tensor(2000.0).log()
 
 
 def test_peak_is_counted_exactly() -> None:

@@ -20,6 +20,7 @@ has one implementation.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..spec import Needs
 from .head import Head, cdiv
@@ -76,13 +77,16 @@ def scratch_limit(head: Head) -> int:
     """
     if head.problem.workspace is not None:
         return head.problem.workspace
-    logits = head.n * head.v * head.problem.hidden.element_size()
-    return _sums_bytes(head) + max(DEFAULT_LEAST, min(DEFAULT_MOST, logits // 8))
+    return default_scratch(head.n, head.d, head.v, head.problem.hidden.element_size())
 
 
-def _sums_bytes(head: Head) -> int:
-    half = head.problem.hidden.element_size() == 2
-    return 4 * head.n * head.d if half else 0
+def default_scratch(n: Any, d: Any, v: Any, item: int, largest: Any = max, smallest: Any = min) -> Any:
+    """`scratch_limit` where nobody says otherwise; sizes may be symbols, with the `largest` and `smallest` of two."""
+    return _sums_bytes(n, d, item) + largest(DEFAULT_LEAST, smallest(DEFAULT_MOST, n * v * item // 8))
+
+
+def _sums_bytes(n: Any, d: Any, item: int) -> Any:
+    return 4 * n * d if item == 2 else 0
 
 
 def product_seconds(head: Head, count: float) -> float:
@@ -127,7 +131,7 @@ def chunked_plans(head: Head, needs: Needs, blas: bool, forced: bool, with_stats
             # lse comes out of the same product; the plans below are charged with one for it.
             plans.append(Plan("held", columns, 0, blas, head.n * columns * size, seconds))
     lse = product_seconds(head, 1) if with_stats else 0.0
-    sums = _sums_bytes(head) if needs.hidden else 0
+    sums = _sums_bytes(head.n, head.d, size) if needs.hidden else 0
     width = widest(limit)
     if width < columns:
         width = widest(limit - sums)

@@ -1,0 +1,34 @@
+"""All benchmarks: `python -m benchmarks <command> --help`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "peers": "time and memory of a head's loss beside the bare matrix products and every other way to compute it",
+    "scaling": "curves of time and memory against N and against V, with fitted slopes",
+    "overhead": "what a call, a compilation and an import cost over inductor's",
+    "report": "markdown tables and pictures from what the three commands above wrote",
+    "kernel": "the CPU kernel alone beside the bare matrix products",
+    "step": "a whole training step of a Llama",
+    "quality": "whether training goes as in eager",
+    "compile_time": "how long the pass takes, against the size of the graph",
+    "gpu": "the loss on a real GPU, beside its peers",
+    "static_gpu": "what the compiler makes of the GPU kernels, without a GPU",
+}
+
+
+def main(arguments: list[str]) -> None:
+    """Run one command; its module is imported only then."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__, *(f"  {name:14}{text}" for name, text in COMMANDS.items()), sep="\n")
+        return
+    name, *rest = arguments
+    if name not in COMMANDS:
+        raise SystemExit(f"no benchmark {name!r}; there are {', '.join(COMMANDS)}")
+    importlib.import_module(f"benchmarks.{name}").main(rest)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

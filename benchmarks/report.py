@@ -1,0 +1,61 @@
+"""Markdown tables and pictures from the JSON files that `peers`, `scaling` and `overhead` wrote.
+
+python -m benchmarks report out/*.json --out docs/images > tables.md
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from benchmarks import overhead, peers, scaling
+from benchmarks.pictures import draw_peers, draw_scaling
+from benchmarks.store import Row, describe, read
+from benchmarks.tables import View, bytes_text, ratio
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", type=Path, nargs="+")
+    parser.add_argument(
+        "--out", type=Path, help="folder of the pictures, which are named after the files; default: none"
+    )
+    args = parser.parse_args(arguments)
+    for path in args.files:
+        kind, about, rows = read(path)
+        print(f"{describe(about)}:\n")
+        for view in VIEWS[kind](rows):
+            print(view.markdown())
+        if args.out and kind in PICTURES:
+            PICTURES[kind](rows, describe(about), args.out / f"{path.stem}.png")
+
+
+def peer_views(rows: list[Row]) -> list[View]:
+    """The summary, then a table for each shape, dtype and mode in the order of the file."""
+    groups = dict.fromkeys((r["shape"], r["dtype"], r["mode"]) for r in rows)
+    return [summary(rows), *(peers.view(rows, *group) for group in groups)]
+
+
+def summary(rows: list[Row]) -> View:
+    """For each shape and mode: ours over the bare products, over the fastest and over the smallest other implementation."""
+    lines = []
+    for group in dict.fromkeys((r["shape"], r["dtype"], r["mode"]) for r in rows):
+        chosen = {r["implementation"]: r for r in rows if (r["shape"], r["dtype"], r["mode"]) == group and r["seconds"]}
+        ours, base = chosen.get("cce_fx"), chosen.get(peers.BASE)
+        others = [r for name, r in chosen.items() if not name.startswith("cce_fx") and "product" not in name]
+        if ours is None or not others:
+            continue
+        fastest = max(ratio(ours["seconds"], r["seconds"]) for r in others)
+        extra = ours["peak"] - ours["gradients"]
+        dense = [(r["peak"] - r["gradients"]) / extra for r in others if r["implementation"] in ("eager", "inductor")]
+        over = f"{ratio(ours['seconds'], base['seconds']):.3f}" if base else "-"
+        times = f"{min(dense):.0f}" if dense else "-"
+        lines.append((", ".join(group), over, f"{fastest:.3f}", bytes_text(extra), times))
+    columns = ("", "time / bare products", "time / fastest peer", "extra memory", "eager's or inductor's / ours")
+    return View("cce_fx in one line for each shape", columns, tuple(lines))
+
+
+VIEWS = {"peers": peer_views, "scaling": lambda rows: [scaling.view(rows)], "overhead": overhead.views}
+PICTURES = {"peers": draw_peers, "scaling": draw_scaling}
