@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from ..functional import makes_grads_in_forward
+from .sharded import has_sharded_head, is_sharded, processes, refusal
 from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, value_of
 
 N, D, V = sympy.symbols("N D V", positive=True, integer=True)
@@ -44,7 +45,7 @@ def bytes_saved(candidate: Candidate) -> sympy.Expr:
     copies = item + loss_item + (loss_item if loss_item != item else 0)
     if value_of(candidate.anchor).requires_grad:
         copies += loss_item
-    return N * V * copies
+    return N * V * copies / processes(candidate)
 
 
 def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) -> LossSite | Decline:
@@ -73,7 +74,7 @@ def illegal_head(view: LogitsView) -> Decline | None:
     for operand in view.operands:
         for node in operand.nodes:
             value = value_of(node)
-            if isinstance(value, torch.Tensor) and not _is_dense(value):
+            if isinstance(value, torch.Tensor) and not _is_dense(value) and not is_sharded(value):
                 return Decline(Reason.SUBCLASS, node, type(value).__name__)
     return None
 
@@ -83,6 +84,9 @@ def _illegal(candidate: Candidate) -> Decline | None:
     refused = illegal_head(view)
     if refused is not None:
         return refused
+    misplaced = refusal(candidate) if has_sharded_head(view) else None
+    if misplaced is not None:
+        return Decline(Reason.SUBCLASS, view.linear, f"DTensor, {misplaced}")
     if candidate.result is not Result.LOSS:
         return None
     target, rows = value_of(candidate.target), _row_shape(view)
