@@ -14,6 +14,8 @@ import torch
 from torch.fx import GraphModule
 
 from . import observe
+from .distributed import op as op  # a graph from torch's caches may hold its operators
+from .distributed.agree import agree_on_losses
 from .options import Options, split
 from .outputs import CutOutputs, cut_outputs, restore
 from .passes import fakes
@@ -43,6 +45,7 @@ def cce(
     tune = (mode or "").startswith("max-autotune") or bool(rest.get("max_autotune"))
     before = observe.text_of(gm)
     report, found = apply(gm, replace(ours.policy, tune=tune))
+    agree_on_losses(found.candidates, {r.loss for r in report.rewritten}, ours.policy)
     cut = CutOutputs()
     if ours.logits == "lazy":
         cut = cut_outputs(gm, found, {r.linear for r in report.rewritten}, ours.policy)

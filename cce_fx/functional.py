@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,16 @@ class KernelSpec:
     tune: bool = False
 
 
+class Division(Protocol):
+    """How a loss is divided among processes; see `cce_fx.distributed.vocab`."""
+
+    def over_rows(self, total: Tensor) -> Tensor:
+        """A constant () summed over the processes that hold other rows."""
+
+    def statistics(self, *values: Any) -> tuple[Tensor, ...]:
+        """`cce::linear_cross_entropy` of this process's rows over the whole vocabulary."""
+
+
 def head_args(loss: LossSpec, kernel: KernelSpec, *, skip_ignored: bool, smooth: bool) -> tuple[Any, ...]:
     """The operators' arguments from `ignore_index` on."""
     e = loss.epilogue
@@ -76,8 +86,12 @@ def site_loss(
     dtype: torch.dtype,  # of the statistics
     loss: LossSpec,
     kernel: KernelSpec,
+    division: Division | None = None,
 ) -> Any:
     """The loss, () or (N,) in `dtype`, of tensors or of `torch.fx.Proxy` values.
+
+    With a `division` the arguments are what this process holds, but for class_weight, which is whole, and `classes`; and
+    the loss is its own rows' part of a mean or sum, so that those of all processes add up to the whole.
 
     Normalisation is `F.cross_entropy`'s: a mean divides by the sum of the targets' class weights over the rows not
     ignored, for the smoothed part too; with every row ignored it is NaN, and the gradients are zero because a kernel
@@ -92,9 +106,9 @@ def site_loss(
         row_weight = class_weight.to(dtype)[torch.where(valid, target, 0)] * valid
     w_nll = row_weight * (1 - smoothing) if smooth else row_weight
     w_smooth = valid.to(dtype) * (smoothing / classes) if smooth else None
-    denominator = None
+    denominator: Any = None
     if loss.reduction == "mean":
-        denominator = row_weight.sum()
+        denominator = row_weight.sum() if division is None else division.over_rows(row_weight.sum())
         w_nll = w_nll / denominator
         w_smooth = w_smooth / denominator if smooth else None
     head = head_args(loss, kernel, skip_ignored=True, smooth=smooth)
@@ -103,7 +117,8 @@ def site_loss(
     if kernel.needs is not None and loss.reduction != "none":
         out = torch.ops.cce.linear_cross_entropy_with_grads.default(*values, w_nll, None, w_smooth, *kernel.needs)[0]
         return _mean_of_none(out, denominator)
-    nll, _, smooth_nll = _unpack(torch.ops.cce.linear_cross_entropy.default(*values))
+    statistics = torch.ops.cce.linear_cross_entropy.default if division is None else division.statistics
+    nll, _, smooth_nll = _unpack(statistics(*values))
     # `w_nll` may be NaN (0 / 0) on ignored rows, whose nll is 0: the product is eager's NaN.
     rows = w_nll * nll
     if smooth:
@@ -199,7 +214,7 @@ def linear_cross_entropy(
     Source: Cut Cross-Entropy, arXiv 2411.09009. `F.linear_cross_entropy` of torch 2.13 names the same arguments
     `input, linear_weight, target, linear_bias, weight`.
     """
-    _check_arguments(hidden, weight, target, class_weight)
+    check_arguments(hidden, weight, target, class_weight)
     loss = LossSpec(reduction, ignore_index, label_smoothing, Epilogue(scale, softcap, post_scale))
     low = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type) and low != torch.float64:
@@ -241,7 +256,7 @@ def default_workspace(
     return plan.default_workspace(rows, classes, statistics_dtype(dtype).itemsize, largest, smallest)
 
 
-def _check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None) -> None:
+def check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None) -> None:
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden is (..., D) and weight (V, D), not {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if target.shape != hidden.shape[:-1]:

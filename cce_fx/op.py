@@ -28,12 +28,12 @@ from .kernels.argmax import argmax
 from .kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads
 
 # The arguments that describe the head, in the order of every operator's schema.
-_HEAD = (
+HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, int? ignore_index, "
     "bool skip_ignored, bool smooth, float scale, float? softcap, float post_scale, bool autocast, int? workspace, "
     "float? filter_eps, bool tune"
 )
-_HEAD_ARGS = _HEAD.count(",") + 1
+HEAD_ARGS = HEAD.count(",") + 1
 _LIBRARY = torch.library.Library("cce", "FRAGMENT")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -50,11 +50,11 @@ def gpu_kernels(device: torch.device) -> bool:
     return gpu and importlib.util.find_spec("triton") is not None
 
 
-def _kernel(device: torch.device) -> ModuleType:
+def kernel(device: torch.device) -> ModuleType:
     return importlib.import_module(".kernels.triton" if gpu_kernels(device) else ".kernels.tiled", __package__)
 
 
-def _problem(
+def problem_of(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -87,7 +87,7 @@ def _problem(
     )
 
 
-def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None) -> None:
+def check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, class_weight: Tensor | None) -> None:
     """Raise on what no kernel accepts; shapes may be symbolic."""
     if hidden.dim() != 2 or weight.dim() != 2 or target.dim() != 1:
         raise ValueError(
@@ -120,7 +120,7 @@ def _check_equal(a: Any, b: Any, text: str) -> None:
         torch._check(a == b, lambda: text.format(a, b))
 
 
-def _some(grads: Grads, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def some(grads: Grads, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Operators return tensors: an unwanted gradient is an empty one."""
     h, w, b = (hidden.new_empty(0) if g is None else g for g in grads)
     return h, w, b
@@ -132,7 +132,7 @@ def _fake_stats(hidden: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor]:
     return nll, lse, hidden.new_empty(rows if smooth else 0, dtype=dtype)
 
 
-def _fake_grads(
+def fake_grads(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     empty = 0
@@ -165,20 +165,20 @@ def _stats(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[n
     dtypes: float32 (float64 for float64 inputs). Raises ValueError on shapes, TypeError on dtypes, IndexError on a
     target outside [0, V) that is not ignore_index.
     """
-    _check(hidden, weight, bias, target, class_weight)
-    problem = _problem(hidden, weight, bias, target, class_weight, *rest)
-    return tuple(_kernel(hidden.device).forward(problem))
+    check(hidden, weight, bias, target, class_weight)
+    problem = problem_of(hidden, weight, bias, target, class_weight, *rest)
+    return tuple(kernel(hidden.device).forward(problem))
 
 
 def _stats_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
-    _check(hidden, weight, bias, target, class_weight)
+    check(hidden, weight, bias, target, class_weight)
     nll, lse, smooth = _fake_stats(hidden, rest[2])
     return nll, lse, smooth, torch.empty_like(nll), torch.empty_like(nll)
 
 
 linear_cross_entropy = _operator(
     "linear_cross_entropy",
-    f"({_HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth, Tensor max, Tensor sumexp)",
+    f"({HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth, Tensor max, Tensor sumexp)",
     _stats,
     _stats_fake,
 )
@@ -186,19 +186,19 @@ linear_cross_entropy = _operator(
 
 def _stats_grads(*args):  # type: ignore[no-untyped-def]
     """Gradients of `cce::linear_cross_entropy`; one that is not needed comes back empty."""
-    problem = _problem(*args[:_HEAD_ARGS])
-    highest, sumexp, grad_nll, grad_lse, grad_smooth, *needs = args[_HEAD_ARGS:]
+    problem = problem_of(*args[:HEAD_ARGS])
+    highest, sumexp, grad_nll, grad_lse, grad_smooth, *needs = args[HEAD_ARGS:]
     rows = RowGrads(torch.zeros_like(highest) if grad_nll is None else grad_nll, grad_lse, grad_smooth)
-    return _some(_kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, Needs(*needs)), problem.hidden)
+    return some(kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, Needs(*needs)), problem.hidden)
 
 
 def _stats_grads_fake(*args):  # type: ignore[no-untyped-def]
-    return _fake_grads(*args[:3], *args[-3:])
+    return fake_grads(*args[:3], *args[-3:])
 
 
 linear_cross_entropy_backward = _operator(
     "linear_cross_entropy_backward",
-    f"({_HEAD}, Tensor max, Tensor sumexp, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_smooth, bool need_hidden, "
+    f"({HEAD}, Tensor max, Tensor sumexp, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_smooth, bool need_hidden, "
     "bool need_weight, bool need_bias) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
     _stats_grads,
     _stats_grads_fake,
@@ -222,7 +222,7 @@ def _stats_backward(
     grads = linear_cross_entropy_backward(
         hidden, weight, bias, target, class_weight, *ctx.rest, *norm, grad_nll, grad_lse, grad_smooth, *needs
     )
-    return _wanted(grads, needs) + (None,) * (_HEAD_ARGS - 3)
+    return _wanted(grads, needs) + (None,) * (HEAD_ARGS - 3)
 
 
 def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
@@ -241,28 +241,28 @@ def _sum(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-
     The row weights are (N,) in the statistics' dtype and constants: no gradient flows into them. Only `total` () is
     differentiable; differentiating twice raises.
     """
-    _check(hidden, weight, bias, target, class_weight)
-    head, (w_nll, w_lse, w_smooth, *needs) = rest[: _HEAD_ARGS - 5], rest[_HEAD_ARGS - 5 :]
-    problem = _problem(hidden, weight, bias, target, class_weight, *head)
+    check(hidden, weight, bias, target, class_weight)
+    head, (w_nll, w_lse, w_smooth, *needs) = rest[: HEAD_ARGS - 5], rest[HEAD_ARGS - 5 :]
+    problem = problem_of(hidden, weight, bias, target, class_weight, *head)
     weights = RowGrads(w_nll, w_lse, w_smooth)
-    stats, grads = _kernel(hidden.device).forward_backward(problem, weights, Needs(*needs))
+    stats, grads = kernel(hidden.device).forward_backward(problem, weights, Needs(*needs))
     total = torch.dot(w_nll, stats.nll)
     if w_lse is not None:
         total = total + torch.dot(w_lse, stats.lse)
     if w_smooth is not None:
         total = total + torch.dot(w_smooth, stats.smooth)
-    return (total, stats.nll, stats.lse, stats.smooth, *_some(grads, hidden))
+    return (total, stats.nll, stats.lse, stats.smooth, *some(grads, hidden))
 
 
 def _sum_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
-    _check(hidden, weight, bias, target, class_weight)
+    check(hidden, weight, bias, target, class_weight)
     total = hidden.new_empty((), dtype=statistics_dtype(hidden.dtype))
-    return (total, *_fake_stats(hidden, rest[2]), *_fake_grads(hidden, weight, bias, *rest[-3:]))
+    return (total, *_fake_stats(hidden, rest[2]), *fake_grads(hidden, weight, bias, *rest[-3:]))
 
 
 linear_cross_entropy_with_grads = _operator(
     "linear_cross_entropy_with_grads",
-    f"({_HEAD}, Tensor weight_nll, Tensor? weight_lse, Tensor? weight_smooth, bool need_hidden, bool need_weight, "
+    f"({HEAD}, Tensor weight_nll, Tensor? weight_lse, Tensor? weight_smooth, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor total, Tensor nll, Tensor lse, Tensor smooth, Tensor d_hidden, Tensor d_weight, "
     "Tensor d_bias)",
     _sum,
@@ -278,7 +278,7 @@ def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
 
 
 def _sum_backward(ctx: Any, grad_total: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
-    tail = (None,) * (_HEAD_ARGS - 3 + 6)
+    tail = (None,) * (HEAD_ARGS - 3 + 6)
     if grad_total is None:
         return (None, None, None, *tail)
     made = [need and wanted for need, wanted in zip(ctx.needs, ctx.needs_input_grad, strict=False)]
@@ -315,7 +315,7 @@ torch.library.register_autograd(linear_cross_entropy_with_grads, _sum_backward, 
 def _argmax(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ignore[no-untyped-def]
     """The class (N,) int64 of the largest logit of each row of hidden (N, D); no gradient."""
     target = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
-    _check(hidden, weight, bias, target, None)
+    check(hidden, weight, bias, target, None)
     epilogue = Epilogue(scale, softcap, post_scale)
     return argmax(Problem(hidden, weight, bias, target, epilogue, ignore_index=None, workspace=workspace))
 

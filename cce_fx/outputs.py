@@ -17,6 +17,7 @@ from .lazy import HeadChain, LazyLogits
 from .passes.canonical import canonical
 from .passes.decide import Policy, illegal_head
 from .passes.rewriter import erase_unused
+from .passes.sharded import sharded_nodes
 from .passes.trace import Trace
 from .passes.values import Form, LogitsView, value_of
 
@@ -122,8 +123,8 @@ def _layout(node: Node, view: LogitsView) -> tuple[bool, int, torch.dtype]:
 def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], policy: Policy) -> bool:
     """Whether a returned node is a head's logits that, but for the output, nothing reads."""
     view = found.views.get(node)
-    if view is None or view.form is not Form.LOGITS:
-        return False
+    if view is None or view.form is not Form.LOGITS or sharded_nodes(view):
+        return False  # a program asks DTensors for more than their values
     if view.linear.name not in rewritten:
         least = max(LARGE_VOCAB, view.hidden_size + 1) if policy.min_vocab is None else policy.min_vocab
         if view.classes < least or not value_of(node).requires_grad or illegal_head(view) is not None:

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from ..functional import makes_grads_in_forward
 from .memory import D, N, V, bytes_needed, bytes_saved
+from .sharded import has_sharded_head, is_sharded, refusal
 from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, value_of
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -57,7 +58,7 @@ def illegal_head(view: LogitsView) -> Decline | None:
     for operand in view.operands:
         for node in operand.nodes:
             value = value_of(node)
-            if isinstance(value, torch.Tensor) and not _is_dense(value):
+            if isinstance(value, torch.Tensor) and not _is_dense(value) and not is_sharded(value):
                 return Decline(Reason.SUBCLASS, node, type(value).__name__)
     return None
 
@@ -67,6 +68,9 @@ def _illegal(candidate: Candidate) -> Decline | None:
     refused = illegal_head(view)
     if refused is not None:
         return refused
+    misplaced = refusal(candidate) if has_sharded_head(view) else None
+    if misplaced is not None:
+        return Decline(Reason.SUBCLASS, view.linear, f"DTensor, {misplaced}")
     if candidate.result is not Result.LOSS:
         return None
     target, rows = value_of(candidate.target), _row_shape(view)

@@ -20,7 +20,8 @@ def fake_mode_of(gm: GraphModule) -> FakeTensorMode:
     traced in, so `detect_fake_mode` would answer with the wrong one.
     """
     values = (value_of(n) for n in gm.graph.nodes)
-    return next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None) or _new_mode()
+    locals_ = (getattr(v, "_local_tensor", v) for v in values)  # a DTensor is fake where its piece is
+    return next((v.fake_mode for v in locals_ if isinstance(v, FakeTensor)), None) or _new_mode()
 
 
 def _new_mode() -> FakeTensorMode:

@@ -11,6 +11,7 @@ import sympy
 import torch
 
 from ..functional import default_workspace, statistics_dtype
+from .sharded import processes
 from .values import Candidate, Operand, value_of
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def bytes_saved(candidate: Candidate) -> sympy.Expr:
     copies = item + loss_item + (loss_item if loss_item != item else 0)
     if value_of(candidate.anchor).requires_grad:
         copies += loss_item
-    return N * V * copies
+    return N * V * copies / processes(candidate)
 
 
 def bytes_needed(candidate: Candidate, needs: tuple[bool, bool, bool] | None, policy: Policy) -> sympy.Expr:

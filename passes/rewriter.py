@@ -16,6 +16,7 @@ from ..functional import KernelSpec, row_statistics, site_loss, statistics_dtype
 from ..kernels.spec import Needs
 from .decide import Policy
 from .fakes import propagate
+from .sharded import has_sharded_head, write_loss
 from .values import Candidate, Decline, Form, LogitsView, LossSite, Operand, Reason, Result, value_of
 
 log = logging.getLogger("cce_fx")
@@ -150,6 +151,8 @@ def write_logits(gm: GraphModule, view: LogitsView, node: Node) -> bool:
 def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
     candidate = site.candidate
     view, loss = candidate.view, candidate.loss
+    if has_sharded_head(view):
+        return _write_sharded(builder, site, policy)
     shaped, weight, bias = _operands(builder, view, view.bias_dtype)
     hidden = shaped if len(view.shape) == 2 else torch.reshape(shaped, (-1, view.hidden_size))
     class_weight = None if candidate.class_weight is None else builder.proxy(candidate.class_weight)
@@ -173,6 +176,15 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
         out = _rows(builder, candidate, (hidden, weight, bias, rows), kernel, dtype)
         out = out.sum() if candidate.total else _as_anchor(out, candidate, shaped)
     return out if value_of(candidate.anchor).dtype == dtype else out.to(value_of(candidate.anchor).dtype)
+
+
+def _write_sharded(builder: Builder, site: LossSite, policy: Policy) -> Any:
+    view, weights = site.candidate.view, site.candidate.class_weight
+    class_weight = None if weights is None else builder.proxy(weights)
+    operands = _operands(builder, view, view.bias_dtype)
+    out = write_loss(site, operands, builder.proxy(site.candidate.target), class_weight, policy.workspace)
+    dtype = value_of(site.candidate.anchor).dtype
+    return out if dtype == statistics_dtype(view.dtype) else out.to(dtype)
 
 
 def _rows(builder: Builder, candidate: Candidate, head: tuple[Any, ...], kernel: KernelSpec, dtype: torch.dtype) -> Any:

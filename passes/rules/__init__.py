@@ -1,5 +1,5 @@
 """The rules by family; importing this package registers them all."""
 
-from . import elementwise, heads, linear, loss, pick, rows
+from . import elementwise, heads, linear, loss, pick, placement, rows
 
-__all__ = ["elementwise", "heads", "linear", "loss", "pick", "rows"]
+__all__ = ["elementwise", "heads", "linear", "loss", "pick", "placement", "rows"]

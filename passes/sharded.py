@@ -1,0 +1,82 @@
+"""Heads of DTensors: whether their layout is understood, and the nodes that compute their losses.
+
+`torch.distributed.tensor` is loaded where a graph holds a DTensor, and not before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from .values import Candidate, LogitsView, LossSite, Result, value_of
+
+
+def is_sharded(value: Any) -> bool:
+    """Whether an example value is a DTensor."""
+    return type(value).__name__ == "DTensor" and hasattr(value, "_local_tensor")
+
+
+def has_sharded_head(view: LogitsView) -> bool:
+    return is_sharded(value_of(view.linear))
+
+
+def refusal(candidate: Candidate) -> str | None:
+    """Why a loss on a head of DTensors is left alone, or None."""
+    from ..distributed.dtensor import layout_of
+
+    view = candidate.view
+    if candidate.result is not Result.LOSS:
+        return "a statistic of distributed logits that is not a loss"
+    if any(step.name != "t" for step in view.weight.steps):
+        return "a weight that is changed on the way to distributed logits"
+    layout = layout_of(value_of(view.hidden.node), value_of(view.weight.node), transposed=bool(view.weight.steps))
+    return layout if isinstance(layout, str) else None
+
+
+def processes(candidate: Candidate) -> int:
+    """Among how many processes the logits of a head are divided."""
+    local = getattr(value_of(candidate.view.linear), "_local_tensor", None)
+    whole = 1
+    for size, mine in zip(value_of(candidate.view.linear).shape, () if local is None else local.shape, strict=False):
+        whole *= max(1, round(int(size) / max(1, int(mine))))
+    return whole
+
+
+def write_loss(site: LossSite, operands: tuple[Any, Any, Any], target: Any, class_weight: Any, workspace: Any) -> Any:
+    """The loss in the placement, or as the plain tensor, that the anchor is. All values are proxies."""
+    from torch.distributed.tensor import Replicate
+
+    from ..distributed.dtensor import sharded_loss
+
+    candidate = site.candidate
+    loss, e, was = candidate.loss, candidate.loss.epilogue, value_of(candidate.anchor)
+    hidden, weight, bias = operands
+    tracer = hidden.tracer
+    out = tracer.create_proxy(
+        "call_function",
+        sharded_loss,
+        (hidden, weight, bias, target, class_weight, loss.reduction, loss.ignore_index, loss.label_smoothing),
+        {
+            "scale": float(e.scale),
+            "softcap": e.softcap,
+            "post_scale": float(e.post_scale),
+            "needs": site.needs,
+            "workspace": workspace,
+            "reduce_hidden": not _was_placed(candidate.view.hidden.node),
+        },
+    )
+    if is_sharded(was):
+        return out.redistribute(placements=tuple(was.placements))
+    mesh = value_of(candidate.view.linear).device_mesh
+    return out.redistribute(placements=tuple(Replicate() for _ in range(mesh.ndim))).to_local()
+
+
+def _was_placed(node: Node) -> bool:
+    """Whether a DTensor comes from a change of placement, whose backward reduces or scatters a `Partial` gradient best."""
+    return node.target == "redistribute" or getattr(node.target, "__qualname__", "") == "DTensor.from_local"
+
+
+def sharded_nodes(view: LogitsView) -> list[Node]:
+    """The nodes of a view that are DTensors."""
+    return [n for n in (*view.path, *(o.node for o in view.operands)) if is_sharded(value_of(n))]
