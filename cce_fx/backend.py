@@ -16,7 +16,7 @@ from torch.fx import GraphModule
 from . import observe
 from .options import Options, split
 from .outputs import CutOutputs, cut_outputs, restore
-from .passes import fakes
+from .passes import Report, fakes
 from .passes.pipeline import apply, source_digest
 
 log = logging.getLogger("cce_fx")
@@ -39,19 +39,26 @@ def cce(
         RuntimeError: with `strict`, when a graph has losses and none could be rewritten.
     """
     ours, rest = split(options)
-    fakes.ensure(gm, example_inputs)
     tune = (mode or "").startswith("max-autotune") or bool(rest.get("max_autotune"))
     before = observe.text_of(gm)
-    report, found = apply(gm, replace(ours.policy, tune=tune))
-    cut = CutOutputs()
-    if ours.logits == "lazy":
-        cut = cut_outputs(gm, found, {r.linear for r in report.rewritten}, ours.policy)
-        report.note_lazy({output.linear for output in cut.lazy})
+    report, cut = cut_graph(gm, example_inputs, ours, tune=tune)
     observe.record(gm, report, before)
     if ours.strict and report.declined and not report.rewritten:
         raise RuntimeError(f"strict: no loss of this graph was rewritten.\n{report}")
-    compiled = _inner(ours, mode, rest)(gm, example_inputs)
-    return restore(compiled, cut) if cut.lazy else compiled
+    return restore(_inner(ours, mode, rest)(gm, example_inputs), cut)
+
+
+def cut_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, *, tune: bool = False
+) -> tuple[Report, CutOutputs]:
+    """Rewrite a Dynamo graph's losses and take out the logits that it returns, in place; what was done, and what to put back."""
+    fakes.ensure(gm, example_inputs)
+    report, found = apply(gm, replace(options.policy, tune=tune))
+    cut = CutOutputs()
+    if options.logits == "lazy":
+        cut = cut_outputs(gm, found, {r.linear for r in report.rewritten}, options.policy)
+        report.note_lazy({output.linear for output in cut.lazy})
+    return report, cut
 
 
 def _inner(options: Options, mode: str | None, rest: dict[str, Any]) -> Compiled:
