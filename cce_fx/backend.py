@@ -5,7 +5,6 @@ torch finds this function through the entry-point group `torch_dynamo_backends`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,8 +18,6 @@ from .outputs import CutOutputs, cut_outputs, restore
 from .passes import Report, fakes
 from .passes.pipeline import apply, source_digest
 
-log = logging.getLogger("cce_fx")
-
 Compiled = Callable[..., Any]
 
 
@@ -32,7 +29,8 @@ def cce(
     Args:
         gm: the captured graph, rewritten in place.
         example_inputs: its inputs, fake or real.
-        mode, options: as `torch.compile` takes them; `cce_fx.Options` are taken out, the rest is inductor's.
+        mode: as `torch.compile` takes it.
+        options: as `torch.compile` takes them; `cce_fx.Options` are taken out, the rest is inductor's.
 
     Raises:
         ValueError, TypeError: an option that is unknown or wrong.

@@ -19,14 +19,15 @@ def explain(model: Callable[..., Any], *args: Any, options: Options | None = Non
     Args:
         model: a module or function, compiled or not. What was compiled before, of this model and of others, is
             forgotten and compiled again at its next call.
-        args, kwargs: its example inputs; small ones do.
+        *args: its example inputs; small ones do.
+        **kwargs: more of them.
         options: as given to the backend.
 
     Returns:
         A `Report` over all graphs that Dynamo captured. Its `str` is for reading, `to_dict()` for programs.
 
     Raises:
-        Whatever the model raises.
+        Exception: what the model raises.
     """
     options = options or Options()
     total = Report(graphs=0)

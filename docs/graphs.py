@@ -105,7 +105,12 @@ def picture(path: Path) -> None:
             forward = torch.fx.GraphModule(gm, gm.graph).forward
             report, cut = cut_graph(gm, inputs, Options())
             assert len(report.rewritten) == len(cut.lazy) == 1, report
-            draw(after, gm.graph, "after: what the inner backend compiles", "logits: a LazyLogits,\nmade of hidden and weight if read")
+            draw(
+                after,
+                gm.graph,
+                "after: what the inner backend compiles",
+                "logits: a LazyLogits,\nmade of hidden and weight if read",
+            )
             return forward
 
         with FakeTensorMode():

@@ -128,7 +128,12 @@ def test_a_command_has_the_options_that_it_is_given(command: str) -> None:
         _check_installation(words)
     program, given = _program(words)
     done = subprocess.run(
-        [*program, "--help"], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "COLUMNS": "200"}, timeout=120
+        [*program, "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "200"},
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     for option in (w.split("=")[0] for w in given if w.startswith("-")):
