@@ -5,7 +5,6 @@ torch finds this function through the entry-point group `torch_dynamo_backends`.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,10 +17,8 @@ from .distributed import op as op  # a graph from torch's caches may hold its op
 from .distributed.agree import agree_on_losses
 from .options import Options, split
 from .outputs import CutOutputs, cut_outputs, restore
-from .passes import fakes
+from .passes import Report, fakes
 from .passes.pipeline import apply, source_digest
-
-log = logging.getLogger("cce_fx")
 
 Compiled = Callable[..., Any]
 
@@ -34,27 +31,39 @@ def cce(
     Args:
         gm: the captured graph, rewritten in place.
         example_inputs: its inputs, fake or real.
-        mode, options: as `torch.compile` takes them; `cce_fx.Options` are taken out, the rest is inductor's.
+        mode: as `torch.compile` takes it.
+        options: as `torch.compile` takes them; `cce_fx.Options` are taken out, the rest is inductor's.
 
     Raises:
         ValueError, TypeError: an option that is unknown or wrong.
         RuntimeError: with `strict`, when a graph has losses and none could be rewritten.
     """
     ours, rest = split(options)
-    fakes.ensure(gm, example_inputs)
     tune = (mode or "").startswith("max-autotune") or bool(rest.get("max_autotune"))
     before = observe.text_of(gm)
-    report, found = apply(gm, replace(ours.policy, tune=tune))
-    agree_on_losses(found.candidates, {r.loss for r in report.rewritten}, ours.policy)
-    cut = CutOutputs()
-    if ours.logits == "lazy":
-        cut = cut_outputs(gm, found, {r.linear for r in report.rewritten}, ours.policy)
-        report.note_lazy({output.linear for output in cut.lazy})
+    report, cut = cut_graph(gm, example_inputs, ours, tune=tune, agree=True)
     observe.record(gm, report, before)
     if ours.strict and report.declined and not report.rewritten:
         raise RuntimeError(f"strict: no loss of this graph was rewritten.\n{report}")
-    compiled = _inner(ours, mode, rest)(gm, example_inputs)
-    return restore(compiled, cut) if cut.lazy else compiled
+    return restore(_inner(ours, mode, rest)(gm, example_inputs), cut)
+
+
+def cut_graph(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, *, tune: bool = False, agree: bool = False
+) -> tuple[Report, CutOutputs]:
+    """Rewrite a Dynamo graph's losses and take out the logits that it returns, in place; what was done, and what to put back.
+
+    With `agree`, processes that share a loss find out whether all of them are about to compute it alike.
+    """
+    fakes.ensure(gm, example_inputs)
+    report, found = apply(gm, replace(options.policy, tune=tune))
+    if agree:
+        agree_on_losses(found.candidates, {r.loss for r in report.rewritten}, options.policy)
+    cut = CutOutputs()
+    if options.logits == "lazy":
+        cut = cut_outputs(gm, found, {r.linear for r in report.rewritten}, options.policy)
+        report.note_lazy({output.linear for output in cut.lazy})
+    return report, cut
 
 
 def _inner(options: Options, mode: str | None, rest: dict[str, Any]) -> Compiled:

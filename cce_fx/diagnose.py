@@ -7,30 +7,35 @@ from typing import Any
 
 import torch
 
+from .backend import cut_graph
 from .options import Options
-from .passes import Report, fakes
-from .passes.pipeline import apply
+from .outputs import restore
+from .passes import Report
 
 
 def explain(model: Callable[..., Any], *args: Any, options: Options | None = None, **kwargs: Any) -> Report:
     """Run `model(*args, **kwargs)` once and report its losses, like `torch._dynamo.explain`.
 
     Args:
-        model: a module or function, not compiled.
-        args, kwargs: its example inputs; small ones do.
+        model: a module or function, compiled or not. What was compiled before, of this model and of others, is
+            forgotten and compiled again at its next call.
+        *args: its example inputs; small ones do.
+        **kwargs: more of them.
         options: as given to the backend.
 
     Returns:
         A `Report` over all graphs that Dynamo captured. Its `str` is for reading, `to_dict()` for programs.
+
+    Raises:
+        Exception: what the model raises.
     """
-    policy = (options or Options()).policy
+    options = options or Options()
     total = Report(graphs=0)
 
     def look(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        fakes.ensure(gm, example_inputs)
-        report, _ = apply(gm, policy)
+        report, cut = cut_graph(gm, example_inputs, options)
         total.extend(report)
-        return gm.forward
+        return restore(gm.forward, cut)
 
     torch._dynamo.reset()
     try:

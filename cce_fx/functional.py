@@ -196,7 +196,9 @@ def linear_cross_entropy(
         reduction: "mean" (over the rows not ignored, weighted by their class weights), "sum" or "none".
         ignore_index: rows with this target have loss 0 and no gradient.
         label_smoothing: in [0, 1].
-        scale, softcap, post_scale: cap(x) = softcap * tanh(x / softcap), or x where softcap is None.
+        scale: a factor of the logits, before the cap.
+        softcap: cap(x) = softcap * tanh(x / softcap), or x where it is None.
+        post_scale: a factor of the capped logits.
         strategy: "grads_in_forward" makes the gradients while the tiles of logits are at hand (scalar reductions);
             "recompute" makes the tiles again in the backward; "auto" chooses.
         workspace: bytes the kernel may hold beyond its results; None is the kernel's default.

@@ -26,7 +26,7 @@ METADATA = {
     torch.numel,
 }
 
-IS_LEAF = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits are not
+IS_LEAF: Any = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits are not
 
 # Operations by canonical name that stay lazy: they move rows about, cast, or scale.
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",

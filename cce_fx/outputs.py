@@ -180,7 +180,9 @@ def _is_cheap(node: Node) -> bool:
 
 
 def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]:
-    """The compiled graph with `LazyLogits` in the places that were cut."""
+    """The compiled graph with `LazyLogits` in the places that were cut; itself where none was."""
+    if not cut.lazy:
+        return compiled
 
     def call(*args: Any) -> Any:
         found = compiled(*args)

@@ -14,6 +14,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
+from ..functional import __file__ as functional_file
 from . import fakes
 from .decide import Policy, decide
 from .modules import inline_known
@@ -23,7 +24,7 @@ from .rewriter import erase_unused, logits_use, rewrite_site
 from .trace import Trace, trace
 from .values import Decline, LossSite, Reason, Result
 
-log = logging.getLogger("cce_fx")
+_log = logging.getLogger("cce_fx")
 
 
 def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
@@ -76,7 +77,7 @@ def _bodies(gm: GraphModule) -> list[GraphModule]:
 def announce(report: Report) -> None:
     """One line per loss to the logger `cce_fx`, which is silent unless asked."""
     for line in (*report.rewritten, *report.declined):
-        log.info("%s", line)
+        _log.info("%s", line)
 
 
 def rewrite(
@@ -94,7 +95,7 @@ def rewrite(
     """
     inline_known(gm)
     if not fakes.ensure(gm, example_inputs):
-        log.info("the graph carries no shapes; pass example_inputs")
+        _log.info("the graph carries no shapes; pass example_inputs")
     report, _ = apply(gm, policy or Policy())
     announce(report)
     return gm, report
@@ -108,8 +109,8 @@ class CutCrossEntropyPass(CustomGraphPass):
     """
 
     def __init__(self, policy: Policy | None = None) -> None:
-        self.policy = policy or Policy()
-        self.report = Report()
+        self.policy: Policy = policy or Policy()
+        self.report: Report = Report()
 
     def __call__(self, graph: Graph | GraphModule) -> None:
         gm = graph if isinstance(graph, GraphModule) else graph.owning_module
@@ -133,7 +134,8 @@ def _source() -> bytes:
     """A digest of the project's files, as they were when it was first asked for."""
     digest = hashlib.sha256()
     root = Path(__file__).resolve().parent
-    package = Path(__import__("cce_fx").__file__).resolve().parent
+    # Not the package's own file, which it has none of where a folder of its name beside the script hides its __init__.
+    package = Path(functional_file).resolve().parent
     for folder in (root, package, package / "kernels"):
         for path in sorted(folder.resolve().rglob("*.py")):
             digest.update(path.read_bytes())

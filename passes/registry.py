@@ -83,13 +83,16 @@ class Call:
         return view if view is not None and view.form in forms else None
 
     def value(self, position: int, name: str, default: Any = None) -> Any:
+        """The argument's example value: a fake tensor, a number, or itself where it is no node."""
         return value_of(self.arg(position, name, default))
 
     @property
     def result(self) -> Any:
+        """The node's own example value."""
         return value_of(self.node)
 
     def decline(self, reason: Reason | OwnReason, detail: str = "") -> Decline:
+        """What a rule returns to end the view here."""
         return Decline(reason, self.node, detail)
 
 

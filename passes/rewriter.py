@@ -19,14 +19,15 @@ from .fakes import propagate
 from .sharded import has_sharded_head, write_loss
 from .values import Candidate, Decline, Form, LogitsView, LossSite, Operand, Reason, Result, value_of
 
-log = logging.getLogger("cce_fx")
+_log = logging.getLogger("cce_fx")
 
 
 class Builder:
     """Writes nodes into a graph by running ordinary code on proxies, and remembers what it wrote."""
 
     def __init__(self, graph: Graph, moved: dict[Node, Node]) -> None:
-        self.graph, self.moved = graph, moved
+        self.graph: Graph = graph
+        self.moved: dict[Node, Node] = moved
         self.written: list[Node] = []
         self._tracer = GraphAppendingTracer(graph)
 
@@ -79,7 +80,7 @@ def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy, moved: dict[No
             new = _write(builder, site, policy).node
         propagate(gm, builder.written, grad=value_of(anchor).requires_grad)
     except Exception as error:
-        log.warning("a loss could not be rewritten and runs as it was", exc_info=True)
+        _log.warning("a loss could not be rewritten and runs as it was", exc_info=True)
         builder.undo()
         return Decline(Reason.INTERNAL, anchor, f"{type(error).__name__}: {error}")
     was, now = value_of(anchor), value_of(new)

@@ -118,6 +118,8 @@ def _why_not(found: Trace, loss: Node) -> Decline:
         if node in found.stops:
             stop = found.stops[node]
             return Decline(stop.reason, stop.node, stop.detail)
+        if value_of(node) is None:
+            return Decline(Reason.NO_META, node)
         sources = [n for n in node.all_input_nodes if n in found.views or n in found.stops]
         if any(n in found.views for n in sources):
             return Decline(Reason.NO_RULE, node, f"`{_spelling(node)}`")

@@ -21,7 +21,7 @@ from ..kernels.spec import Epilogue
 
 
 class Reason(enum.Enum):
-    """Why a loss was left as it was. The value is a sentence for the user; see docs/patterns.md."""
+    """Why a loss was left as it was. The value is a sentence for the user; docs/troubleshooting.md has a remedy for each."""
 
     NO_LINEAR = "the loss's input does not come from a linear layer by operations that are understood"
     NO_RULE = "an operation between the linear layer and the loss has no rule"
@@ -122,6 +122,7 @@ class Operand:
         return bool(getattr(value, "requires_grad", False)) or any(a.requires_grad for a in inner)
 
     def then(self, name: str, apply: Callable[..., Any], *args: Any) -> Operand:
+        """This operand with one more step."""
         return replace(self, steps=(*self.steps, Step(name, apply, args)))
 
 
@@ -179,6 +180,7 @@ class LogitsView:
 
     @property
     def classes(self) -> Any:
+        """V, an int or a SymInt."""
         return self.shape[self.class_dim]
 
     @property
@@ -189,6 +191,7 @@ class LogitsView:
 
     @property
     def operands(self) -> tuple[Operand, ...]:
+        """hidden, weight and, where there is one, bias."""
         return tuple(o for o in (self.hidden, self.weight, self.bias) if o is not None)
 
     @property
@@ -215,6 +218,7 @@ class LogitsView:
         ).at(node)
 
     def at(self, node: Node, **changes: Any) -> LogitsView:
+        """This view as the value of `node`, the next one on its path, with fields changed."""
         return replace(self, path=(*self.path, node), **changes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,21 @@ def test_imports_point_down(path: Path) -> None:
 def test_the_links_lead_to_the_folders() -> None:
     for folder in ALLOWED:
         assert (ROOT / "cce_fx" / folder).resolve() == ROOT / folder
+
+
+def test_the_picture_names_what_is_there() -> None:
+    """Every file and folder in the picture of docs/architecture.md exists."""
+    picture = (ROOT / "docs" / "architecture.md").read_text().split("```")[1]
+    names = re.findall(r"\b(?:cce_fx|passes|kernels)/[\w*]*(?:\.py)?|\b[a-z_]+\.py\b", picture)
+    assert len(names) >= 9
+    missing = [n for n in names if not any(list(ROOT.glob(place)) for place in (n, f"passes/{n}"))]
+    assert not missing
+
+
+def test_no_file_is_long() -> None:
+    """A module is read in one go: 400 lines, or a reason here."""
+    own = [p for folder in ("cce_fx", "passes", "kernels") for p in (ROOT / folder).rglob("*.py")]
+    assert not [(p.name, n) for p in own if (n := len(p.read_text().splitlines())) > 400]
 
 
 def test_importing_the_package_imports_neither_torch_nor_kernels() -> None:

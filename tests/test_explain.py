@@ -98,3 +98,16 @@ def test_graphs_before_and_after_are_left_for_tlparse(tmp_path: Path) -> None:
 
 def test_options_reach_explain() -> None:
     assert cce_fx.explain(good, *tensors(), options=Options(min_vocab=100)).declined[0].reason == "SMALL"
+
+
+def test_returned_logits_are_what_the_backend_makes_of_them() -> None:
+    """A reader is told `lazy` where the backend hands out lazy logits, also of a model that is compiled already."""
+
+    def both(h: Tensor, w: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = F.linear(h, w)
+        return logits, F.cross_entropy(logits, y)
+
+    compiled = torch.compile(both, backend="cce", options={"inner": "eager"})
+    for program in (both, compiled):
+        assert cce_fx.explain(program, *tensors()).rewritten[0].logits == "lazy"
+        assert cce_fx.explain(program, *tensors(), options=Options(logits="keep")).rewritten[0].logits == "returned"

@@ -101,3 +101,11 @@ def test_inside_a_branch() -> None:
         compare(program, plain)
         report = cce_fx.explain(program, *plain, options=cce_fx.Options(min_vocab=0))
     assert len(report.rewritten) == 2
+
+
+def test_a_graph_without_shapes_asks_for_them() -> None:
+    graph = torch.fx.symbolic_trace(Model("cross_entropy"))
+    (declined,) = cce_fx.rewrite(graph)[1].declined
+    assert declined.reason == "NO_META" and "example_inputs" in declined.advice
+    inputs = (torch.randn(N, D), torch.randint(V, (N,)))
+    assert cce_fx.rewrite(torch.fx.symbolic_trace(Model("cross_entropy")), inputs)[1].rewritten
