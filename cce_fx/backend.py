@@ -10,10 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from . import observe
+from ._torch import (
+    BackendCompilerFailed,
+    InductorWrapper,
+    InvalidCxxCompiler,
+    compiler_config,
+    lookup_backend,
+)
 from .options import Options, split
 from .outputs import CutOutputs, cut_outputs, restore
 from .passes import fakes
@@ -37,6 +43,7 @@ def cce(
     Raises:
         ValueError, TypeError: an option that is unknown or wrong.
         RuntimeError: with `strict`, when a graph has losses and none could be rewritten.
+        What the inner backend raises, unchanged.
     """
     ours, rest = split(options)
     fakes.ensure(gm, example_inputs)
@@ -51,6 +58,8 @@ def cce(
     if ours.strict and report.declined and not report.rewritten:
         raise RuntimeError(f"strict: no loss of this graph was rewritten.\n{report}")
     compiled = _inner(ours, mode, rest)(gm, example_inputs)
+    if not callable(compiled):
+        raise TypeError(f"the inner backend {ours.inner!r} returned {type(compiled).__name__}, not a callable")
     return restore(compiled, cut) if cut.lazy else compiled
 
 
@@ -60,8 +69,6 @@ def _inner(options: Options, mode: str | None, rest: dict[str, Any]) -> Compiled
         return options.inner
     if options.inner == "inductor":
         return _inductor(mode, rest)
-    from torch._dynamo.backends.registry import lookup_backend
-
     inner = lookup_backend(options.inner)
     kwargs = {"mode": mode} if mode else {}
     return lambda gm, inputs: inner(gm, inputs, **kwargs)
@@ -69,17 +76,15 @@ def _inner(options: Options, mode: str | None, rest: dict[str, Any]) -> Compiled
 
 def _inductor(mode: str | None, rest: dict[str, Any]) -> Compiled:
     """Inductor with `mode=` and `options=` meaning what they mean for `backend="inductor"`."""
-    wrapper = torch._TorchCompileInductorWrapper(mode, rest, None)
+    wrapper = InductorWrapper(mode, rest, None)
 
     def compile_with_inductor(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
-        from torch._inductor.exc import InvalidCxxCompiler
-
         try:
-            with torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
+            with compiler_config.patch(cache_key_tag=_cache_tag()):
                 return wrapper(gm, inputs)
         except InvalidCxxCompiler as error:
             raise RuntimeError(_NO_COMPILER) from error
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, InvalidCxxCompiler):
                 raise RuntimeError(_NO_COMPILER) from error
             raise
@@ -92,7 +97,7 @@ def _cache_tag() -> str:
 
     Nothing else in a key tells it, and a compiled backward from before an operator changed would be run as it was.
     """
-    return f"{torch.compiler.config.cache_key_tag} cce_fx {source_digest()}".strip()
+    return f"{compiler_config.cache_key_tag} cce_fx {source_digest()}".strip()
 
 
 _NO_COMPILER = (

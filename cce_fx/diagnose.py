@@ -32,9 +32,9 @@ def explain(model: Callable[..., Any], *args: Any, options: Options | None = Non
         total.extend(report)
         return gm.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         torch.compile(model, backend=look)(*args, **kwargs)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     return total

@@ -17,12 +17,14 @@ from __future__ import annotations
 
 import importlib
 import os
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._torch import DispatchKey, DispatchKeySet, ExcludeDispatchKeyGuard, OpOverload, check, dispatch_key_for_device
 from .kernels.argmax import argmax
 from .kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads
 
@@ -46,6 +48,12 @@ def _kernel(device: torch.device) -> ModuleType:
     gpu = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
     name = "triton" if gpu and importlib.util.find_spec("triton") else "tiled"
     return importlib.import_module(f".kernels.{name}", __package__)
+
+
+def _range(what: str, problem: Problem) -> AbstractContextManager[Any]:
+    """A range in profiles around a kernel, with its sizes: `cce_fx::forward` N=... D=... V=..."""
+    (rows, width), classes = problem.hidden.shape, problem.weight.shape[0]
+    return torch.profiler.record_function(f"cce_fx::{what}", f"N={rows} D={width} V={classes}")
 
 
 def _problem(
@@ -88,8 +96,11 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, 
             "cce::linear_cross_entropy takes hidden (N, D), weight (V, D) and target (N,), not "
             f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(target.shape)}"
         )
-    torch._check(hidden.shape[1] == weight.shape[1], lambda: f"hidden size {hidden.shape[1]} is not {weight.shape[1]}")
-    torch._check(hidden.shape[0] == target.shape[0], lambda: f"{hidden.shape[0]} rows, {target.shape[0]} targets")
+    for name, t in (("weight", weight), ("bias", bias), ("target", target), ("class_weight", class_weight)):
+        if t is not None and t.device != hidden.device:
+            raise RuntimeError(f"hidden is on {hidden.device} and {name} on {t.device}; they must be on one device")
+    check(hidden.shape[1] == weight.shape[1], lambda: f"hidden size {hidden.shape[1]} is not {weight.shape[1]}")
+    check(hidden.shape[0] == target.shape[0], lambda: f"{hidden.shape[0]} rows, {target.shape[0]} targets")
     exact = statistics_dtype(hidden.dtype)
     if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
         raise TypeError(f"hidden and weight must share one floating dtype, not {hidden.dtype} and {weight.dtype}")
@@ -105,7 +116,7 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, 
 def _check_per_class(name: str, values: Tensor, weight: Tensor) -> None:
     if values.dim() != 1:
         raise ValueError(f"{name} must be one-dimensional, not {tuple(values.shape)}")
-    torch._check(values.shape[0] == weight.shape[0], lambda: f"{name} does not have one entry per class")
+    check(values.shape[0] == weight.shape[0], lambda: f"{name} does not have one entry per class")
 
 
 def _some(grads: Grads, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +159,8 @@ def linear_cross_entropy(hidden, weight, bias, target, class_weight, *rest):  # 
     """
     _check(hidden, weight, bias, target, class_weight)
     problem = _problem(hidden, weight, bias, target, class_weight, *rest)
-    return tuple(_kernel(hidden.device).forward(problem))
+    with _range("forward", problem):
+        return tuple(_kernel(hidden.device).forward(problem))
 
 
 @linear_cross_entropy.register_fake
@@ -171,7 +183,9 @@ def linear_cross_entropy_backward(*args):  # type: ignore[no-untyped-def]
     problem = _problem(*args[:_HEAD_ARGS])
     highest, sumexp, grad_nll, grad_lse, grad_smooth, *needs = args[_HEAD_ARGS:]
     rows = RowGrads(torch.zeros_like(highest) if grad_nll is None else grad_nll, grad_lse, grad_smooth)
-    return _some(_kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, Needs(*needs)), problem.hidden)
+    with _range("backward", problem):
+        grads = _kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, Needs(*needs))
+    return _some(grads, problem.hidden)
 
 
 @linear_cross_entropy_backward.register_fake
@@ -228,7 +242,8 @@ def linear_cross_entropy_with_grads(hidden, weight, bias, target, class_weight, 
     head, (w_nll, w_lse, w_smooth, *needs) = rest[: _HEAD_ARGS - 5], rest[_HEAD_ARGS - 5 :]
     problem = _problem(hidden, weight, bias, target, class_weight, *head)
     weights = RowGrads(w_nll, w_lse, w_smooth)
-    stats, grads = _kernel(hidden.device).forward_backward(problem, weights, Needs(*needs))
+    with _range("forward_backward", problem):
+        stats, grads = _kernel(hidden.device).forward_backward(problem, weights, Needs(*needs))
     total = torch.dot(w_nll, stats.nll)
     if w_lse is not None:
         total = total + torch.dot(w_lse, stats.lse)
@@ -297,7 +312,9 @@ def linear_argmax(hidden, weight, bias, scale, softcap, post_scale, workspace): 
     target = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     _check(hidden, weight, bias, target, None)
     epilogue = Epilogue(scale, softcap, post_scale)
-    return argmax(Problem(hidden, weight, bias, target, epilogue, ignore_index=None, workspace=workspace))
+    problem = Problem(hidden, weight, bias, target, epilogue, ignore_index=None, workspace=workspace)
+    with _range("argmax", problem):
+        return argmax(problem)
 
 
 @linear_argmax.register_fake
@@ -308,17 +325,17 @@ def _(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ign
 # --- autocast -----------------------------------------------------------------------------------------------------------
 
 
-def _register_autocast(op: torch._ops.OpOverload, device_type: str) -> None:
+def _register_autocast(op: OpOverload, device_type: str) -> None:
     """As F.linear: hidden, weight and bias go to autocast's dtype, and nothing else does.
 
     `torch.library.register_autocast` casts every floating argument, row and class weights among them, to a dtype fixed
     at registration, so the rule is written out. A caller that has already settled the dtypes passes autocast=False.
     """
-    key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device_type))
+    key = getattr(DispatchKey, "Autocast" + dispatch_key_for_device(device_type))
     where = [a.name for a in op._schema.arguments].index("autocast")
 
     def rule(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        with ExcludeDispatchKeyGuard(DispatchKeySet(key)):
             if rest[where - 3] and hidden.dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(device_type)
                 hidden, weight = hidden.to(dtype), weight.to(dtype)

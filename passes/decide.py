@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
+from .._torch import FakeTensor
 from ..functional import makes_grads_in_forward
 from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, value_of
 
@@ -96,8 +97,6 @@ def _illegal(candidate: Candidate) -> Decline | None:
 
 
 def _is_dense(value: Any) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
     plain = type(value) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
     return plain and value.layout == torch.strided and not value.is_quantized and not value.is_complex()
 
