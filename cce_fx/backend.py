@@ -9,10 +9,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch.fx import GraphModule
 
 from . import observe
+from ._torch import (
+    BackendCompilerFailed,
+    InductorWrapper,
+    InvalidCxxCompiler,
+    compiler_config,
+    lookup_backend,
+)
 from .distributed import op as op  # a graph from torch's caches may hold its operators
 from .distributed.agree import agree_on_losses
 from .options import Options, split
@@ -37,6 +43,7 @@ def cce(
     Raises:
         ValueError, TypeError: an option that is unknown or wrong.
         RuntimeError: with `strict`, when a graph has losses and none could be rewritten.
+        What the inner backend raises, unchanged.
     """
     ours, rest = split(options)
     tune = (mode or "").startswith("max-autotune") or bool(rest.get("max_autotune"))
@@ -45,7 +52,11 @@ def cce(
     observe.record(gm, report, before)
     if ours.strict and report.declined and not report.rewritten:
         raise RuntimeError(f"strict: no loss of this graph was rewritten.\n{report}")
-    return restore(_inner(ours, mode, rest)(gm, example_inputs), cut)
+    compiled = _inner(ours, mode, rest)(gm, example_inputs)
+    if not callable(compiled):
+        raise TypeError(f"the inner backend {ours.inner!r} returned {type(compiled).__name__}, not a callable")
+    return restore(compiled, cut)
+
 
 
 def cut_graph(
@@ -72,8 +83,6 @@ def _inner(options: Options, mode: str | None, rest: dict[str, Any]) -> Compiled
         return options.inner
     if options.inner == "inductor":
         return _inductor(mode, rest)
-    from torch._dynamo.backends.registry import lookup_backend
-
     inner = lookup_backend(options.inner)
     kwargs = {"mode": mode} if mode else {}
     return lambda gm, inputs: inner(gm, inputs, **kwargs)
@@ -81,17 +90,15 @@ def _inner(options: Options, mode: str | None, rest: dict[str, Any]) -> Compiled
 
 def _inductor(mode: str | None, rest: dict[str, Any]) -> Compiled:
     """Inductor with `mode=` and `options=` meaning what they mean for `backend="inductor"`."""
-    wrapper = torch._TorchCompileInductorWrapper(mode, rest, None)
+    wrapper = InductorWrapper(mode, rest, None)
 
     def compile_with_inductor(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
-        from torch._inductor.exc import InvalidCxxCompiler
-
         try:
-            with torch.compiler.config.patch(cache_key_tag=_cache_tag()):  # type: ignore[attr-defined]
+            with compiler_config.patch(cache_key_tag=_cache_tag()):
                 return wrapper(gm, inputs)
         except InvalidCxxCompiler as error:
             raise RuntimeError(_NO_COMPILER) from error
-        except torch._dynamo.exc.BackendCompilerFailed as error:
+        except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, InvalidCxxCompiler):
                 raise RuntimeError(_NO_COMPILER) from error
             raise
@@ -104,7 +111,7 @@ def _cache_tag() -> str:
 
     Nothing else in a key tells it, and a compiled backward from before an operator changed would be run as it was.
     """
-    return f"{torch.compiler.config.cache_key_tag} cce_fx {source_digest()}".strip()
+    return f"{compiler_config.cache_key_tag} cce_fx {source_digest()}".strip()
 
 
 _NO_COMPILER = (

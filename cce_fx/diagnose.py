@@ -37,9 +37,9 @@ def explain(model: Callable[..., Any], *args: Any, options: Options | None = Non
         total.extend(report)
         return restore(gm.forward, cut)
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         torch.compile(model, backend=look)(*args, **kwargs)
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     return total

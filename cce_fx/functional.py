@@ -216,10 +216,16 @@ def linear_cross_entropy(
     Source: Cut Cross-Entropy, arXiv 2411.09009. `F.linear_cross_entropy` of torch 2.13 names the same arguments
     `input, linear_weight, target, linear_bias, weight`.
     """
+    _check_tensors(hidden=hidden, weight=weight, target=target, bias=bias, class_weight=class_weight)
     check_arguments(hidden, weight, target, class_weight)
+    _check_numbers(scale=scale, softcap=softcap, post_scale=post_scale, label_smoothing=label_smoothing)
+    for name, value in (("ignore_index", ignore_index), ("workspace", workspace)):
+        if type(value) is not int and (value is not None or name == "ignore_index"):
+            raise TypeError(f"{name} is an int{' or None' if name == 'workspace' else ''}, not {value!r}")
     loss = LossSpec(reduction, ignore_index, label_smoothing, Epilogue(scale, softcap, post_scale))
     low = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type) and low != torch.float64:
+    meta = hidden.device.type == "meta"  # which has no autocast, and says so by an error
+    if not meta and torch.is_autocast_enabled(hidden.device.type) and low != torch.float64:
         low = torch.get_autocast_dtype(hidden.device.type)
     needs = None
     if strategy not in ("auto", "grads_in_forward", "recompute"):
@@ -258,6 +264,26 @@ def default_workspace(
     return plan.default_workspace(rows, classes, statistics_dtype(dtype).itemsize, largest, smallest)
 
 
+def _check_tensors(**tensors: Tensor | None) -> None:
+    """Raise TypeError on what is not a plain dense tensor; `bias` and `class_weight` may be None."""
+    for name, t in tensors.items():
+        if t is None and name in ("bias", "class_weight"):
+            continue
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name} is a tensor, not {type(t).__name__}")
+        if t.layout != torch.strided or t.is_quantized or t.is_nested:
+            kind = "quantised" if t.is_quantized else "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+            raise TypeError(f"{name} is a dense tensor, not a {kind} one; `{name}.to_dense()` or the like makes it one")
+
+
+def _check_numbers(**values: float | None) -> None:
+    """Raise TypeError on what is not a Python number: a tensor's gradient would be lost without a word."""
+    for name, value in values.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number and (value is not None or name != "softcap"):
+            raise TypeError(f"{name} is a number, not {value!r}")
+
+
 def check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None) -> None:
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden is (..., D) and weight (V, D), not {tuple(hidden.shape)} and {tuple(weight.shape)}")
@@ -265,6 +291,10 @@ def check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, class_weight
         raise ValueError(
             f"target has the shape of hidden without D, {tuple(hidden.shape[:-1])}, not {tuple(target.shape)}"
         )
+    if weight.shape[0] == 0:
+        raise ValueError("weight has no classes")
+    if class_weight is not None and class_weight.shape != (weight.shape[0],):
+        raise ValueError(f"class_weight is ({weight.shape[0]},), one entry per class, not {tuple(class_weight.shape)}")
     if class_weight is not None and class_weight.requires_grad:
         raise ValueError("class_weight has no gradient, here as in F.cross_entropy; pass it detached")
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_iter, tree_map
 
 from . import lazy_ops
+from ._torch import DisableTorchFunctionSubclass, disable_dynamo, tree_iter, tree_map
 
 _STALE = (
     "these logits are lazy and were not read while they could be: {what} changed in place since the forward (by "
@@ -110,7 +110,7 @@ class LazyLogits(Tensor):
         return made
 
     def _requires_grad(self) -> bool:
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return self.requires_grad
 
     def materialize(self) -> Tensor:
@@ -144,7 +144,7 @@ class LazyLogits(Tensor):
         return state.op.apply(state.base.materialize())
 
     def _size(self) -> int:
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return self.numel()
 
     def check_fresh(self) -> None:
@@ -188,13 +188,13 @@ class LazyLogits(Tensor):
                 lazy.materialize()
 
     @classmethod
-    @torch._disable_dynamo(recursive=True)
+    @disable_dynamo(recursive=True)
     def __torch_function__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if func in lazy_ops.METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
+            with DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func == lazy_ops.IS_LEAF:
             return not args[0].requires_grad
@@ -206,11 +206,11 @@ class LazyLogits(Tensor):
                 if isinstance(x, LazyLogits):
                     x._before_writing()
         args, kwargs = tree_map(_plain, (args, kwargs))
-        with torch._C.DisableTorchFunctionSubclass():
+        with DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 
     @classmethod
-    @torch._disable_dynamo(recursive=True)
+    @disable_dynamo(recursive=True)
     def __torch_dispatch__(
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ._torch import DisableTorchFunctionSubclass
 from .passes.canonical import CASTS, canonical_callable, is_inplace_callable
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if not _harmless(name, lazy, args, kwargs):
         return NotImplemented
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         like = torch.empty_strided(lazy.size(), lazy.stride(), dtype=lazy.dtype, device="meta")
         here, args_on_meta = lazy.device, args
     if name == "to":
@@ -125,7 +126,7 @@ def _product(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]) 
     other = args[0]
     if other.chain is None or _source(lazy) is not _source(other) or lazy.shape != other.shape:
         return NotImplemented
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         dtype = torch.promote_types(lazy.dtype, other.dtype)
         like = torch.empty_strided(lazy.size(), lazy.stride(), dtype=dtype, device="meta")
     return lazy._derive(Op("mul", func, args, ()), like)
@@ -133,7 +134,7 @@ def _product(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]) 
 
 def _pieces(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """split, chunk and unbind along rows, as slices that stay lazy."""
-    with torch._C.DisableTorchFunctionSubclass():
+    with DisableTorchFunctionSubclass():
         like = torch.empty_strided(lazy.size(), lazy.stride(), dtype=lazy.dtype, device="meta")
     dim = kwargs.get("dim", args[-1] if len(args) > (name != "unbind") else 0) % like.dim()
     made = getattr(torch, name)(like, *args, **kwargs)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch._dynamo.utils import counters
-from torch._logging import trace_structured
-from torch._logging._internal import trace_log
 from torch.fx import GraphModule
 
+from ._torch import counters, trace_log, trace_structured
 from .passes import Report
 from .passes.pipeline import announce
 

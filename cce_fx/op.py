@@ -18,12 +18,22 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._torch import (
+    DispatchKey,
+    DispatchKeySet,
+    ExcludeDispatchKeyGuard,
+    OpOverload,
+    disable_dynamo,
+    dispatch_key_for_device,
+)
+from ._torch import check as check_condition
 from .kernels.argmax import argmax
 from .kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads
 
@@ -52,6 +62,12 @@ def gpu_kernels(device: torch.device) -> bool:
 
 def kernel(device: torch.device) -> ModuleType:
     return importlib.import_module(".kernels.triton" if gpu_kernels(device) else ".kernels.tiled", __package__)
+
+
+def _range(what: str, problem: Problem) -> AbstractContextManager[Any]:
+    """A range in profiles around a kernel, with its sizes: `cce_fx::forward` N=... D=... V=..."""
+    (rows, width), classes = problem.hidden.shape, problem.weight.shape[0]
+    return torch.profiler.record_function(f"cce_fx::{what}", f"N={rows} D={width} V={classes}")
 
 
 def problem_of(
@@ -94,6 +110,9 @@ def check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, c
             "cce::linear_cross_entropy takes hidden (N, D), weight (V, D) and target (N,), not "
             f"{tuple(hidden.shape)}, {tuple(weight.shape)} and {tuple(target.shape)}"
         )
+    for name, t in (("weight", weight), ("bias", bias), ("target", target), ("class_weight", class_weight)):
+        if t is not None and t.device != hidden.device:
+            raise RuntimeError(f"hidden is on {hidden.device} and {name} on {t.device}; they must be on one device")
     _check_equal(hidden.shape[1], weight.shape[1], "hidden size {} is not {}")
     _check_equal(hidden.shape[0], target.shape[0], "{} rows, {} targets")
     exact = statistics_dtype(hidden.dtype)
@@ -115,9 +134,9 @@ def _check_per_class(name: str, values: Tensor, weight: Tensor) -> None:
 
 
 def _check_equal(a: Any, b: Any, text: str) -> None:
-    """Raise RuntimeError where two sizes differ. `torch._check` alone takes longer than all else here."""
+    """Raise RuntimeError where two sizes differ. Torch's own check alone takes longer than all else here."""
     if type(a) is not int or type(b) is not int or a != b:
-        torch._check(a == b, lambda: text.format(a, b))
+        check_condition(a == b, lambda: text.format(a, b))
 
 
 def some(grads: Grads, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,7 +169,7 @@ def _operator(name: str, schema: str, kernel: Callable[..., Any], fake: Callable
     one piece of memory twice, which the tests ask `torch.library.opcheck`.
     """
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, torch._disable_dynamo(kernel), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, disable_dynamo(kernel), "CompositeExplicitAutograd")
     torch.library.register_fake(f"cce::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.cce, name).default
 
@@ -167,7 +186,8 @@ def _stats(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[n
     """
     check(hidden, weight, bias, target, class_weight)
     problem = problem_of(hidden, weight, bias, target, class_weight, *rest)
-    return tuple(kernel(hidden.device).forward(problem))
+    with _range("forward", problem):
+        return tuple(kernel(hidden.device).forward(problem))
 
 
 def _stats_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
@@ -189,7 +209,9 @@ def _stats_grads(*args):  # type: ignore[no-untyped-def]
     problem = problem_of(*args[:HEAD_ARGS])
     highest, sumexp, grad_nll, grad_lse, grad_smooth, *needs = args[HEAD_ARGS:]
     rows = RowGrads(torch.zeros_like(highest) if grad_nll is None else grad_nll, grad_lse, grad_smooth)
-    return some(kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, Needs(*needs)), problem.hidden)
+    with _range("backward", problem):
+        grads = kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, Needs(*needs))
+    return some(grads, problem.hidden)
 
 
 def _stats_grads_fake(*args):  # type: ignore[no-untyped-def]
@@ -245,7 +267,8 @@ def _sum(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-
     head, (w_nll, w_lse, w_smooth, *needs) = rest[: HEAD_ARGS - 5], rest[HEAD_ARGS - 5 :]
     problem = problem_of(hidden, weight, bias, target, class_weight, *head)
     weights = RowGrads(w_nll, w_lse, w_smooth)
-    stats, grads = kernel(hidden.device).forward_backward(problem, weights, Needs(*needs))
+    with _range("forward_backward", problem):
+        stats, grads = kernel(hidden.device).forward_backward(problem, weights, Needs(*needs))
     total = torch.dot(w_nll, stats.nll)
     if w_lse is not None:
         total = total + torch.dot(w_lse, stats.lse)
@@ -317,7 +340,9 @@ def _argmax(hidden, weight, bias, scale, softcap, post_scale, workspace):  # typ
     target = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     check(hidden, weight, bias, target, None)
     epilogue = Epilogue(scale, softcap, post_scale)
-    return argmax(Problem(hidden, weight, bias, target, epilogue, ignore_index=None, workspace=workspace))
+    problem = Problem(hidden, weight, bias, target, epilogue, ignore_index=None, workspace=workspace)
+    with _range("argmax", problem):
+        return argmax(problem)
 
 
 def _argmax_fake(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ignore[no-untyped-def]
@@ -335,17 +360,17 @@ linear_argmax = _operator(
 # --- autocast -----------------------------------------------------------------------------------------------------------
 
 
-def _register_autocast(op: torch._ops.OpOverload, device_type: str) -> None:
+def _register_autocast(op: OpOverload, device_type: str) -> None:
     """As F.linear: hidden, weight and bias go to autocast's dtype, and nothing else does.
 
     `torch.library.register_autocast` casts every floating argument, row and class weights among them, to a dtype fixed
     at registration, so the rule is written out. A caller that has already settled the dtypes passes autocast=False.
     """
-    key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device_type))
+    key = getattr(DispatchKey, "Autocast" + dispatch_key_for_device(device_type))
     where = [a.name for a in op._schema.arguments].index("autocast")
 
     def rule(hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> Any:
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+        with ExcludeDispatchKeyGuard(DispatchKeySet(key)):
             if rest[where - 3] and hidden.dtype != torch.float64:
                 dtype = torch.get_autocast_dtype(device_type)
                 hidden, weight = hidden.to(dtype), weight.to(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -71,14 +71,20 @@ def split(options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:
 
     Raises:
         ValueError: a name that neither knows, with the nearest that one of them does.
+        TypeError: options that are no dictionary, or a name that is no string.
     """
+    if options is not None and not isinstance(options, Mapping):
+        raise TypeError(f"options is a dictionary of names and values, not {type(options).__name__}")
     given = dict(options or {})
+    for name in given:
+        if not isinstance(name, str):
+            raise TypeError(f"options are named by strings, not {name!r}")
     names = [f.name for f in fields(Options)]
     ours = Options(**{name: given.pop(name) for name in names if name in given})
     if given and ours.inner == "inductor":
-        import torch._inductor.config as inductor
+        from ._torch import inductor_config
 
-        known = inductor.get_config_copy()
+        known = inductor_config.get_config_copy()
         for name in given:
             if name.replace("-", "_") not in known:
                 raise ValueError(

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
+from .._torch import HigherOrderOperator, OpOverload, OpOverloadPacket, c_nn
+
 _ALIASES = {
     "truediv": "div",
     "true_divide": "div",
@@ -62,7 +64,7 @@ take_along_dim logsumexp masked_fill where cat concat concatenate dropout sum me
 def _functions() -> dict[Any, str]:
     found: dict[Any, str] = {}
     for name in _NAMES:
-        for space in (torch, F, operator, torch._C._nn, torch.special, torch.Tensor):
+        for space in (torch, F, operator, c_nn, torch.special, torch.Tensor):
             function = getattr(space, name, None)
             if callable(function):
                 found[function] = _ALIASES.get(name, name)
@@ -83,14 +85,14 @@ def canonical(node: Node) -> str | Callable[..., Any] | None:
     if node.op != "call_function":
         return None
     target: Any = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         if target.namespace != "aten":
             return target.overloadpacket
         name = target._schema.name.split("::")[1]
         return _ALIASES.get(name, name)
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return target.name()
-    if isinstance(target, torch._ops.OpOverloadPacket):
+    if isinstance(target, OpOverloadPacket):
         if not target._qualified_op_name.startswith("aten::"):
             return target
         return _ALIASES.get(target.__name__, target.__name__)
@@ -112,7 +114,7 @@ def mutated_arguments(node: Node) -> list[Node]:
     target: Any = node.target
     out = node.kwargs.get("out")
     written = [out] if isinstance(out, Node) else []
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         if target._schema.is_mutable:
             for argument, value in zip(target._schema.arguments, node.args, strict=False):
                 if argument.alias_info is not None and argument.alias_info.is_write:
@@ -120,7 +122,7 @@ def mutated_arguments(node: Node) -> list[Node]:
                         n for n in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(n, Node)
                     ]
         return written
-    if isinstance(target, torch._ops.HigherOrderOperator):
+    if isinstance(target, HigherOrderOperator):
         return node.all_input_nodes if "mutation" in target.name() else written
     first = node.args[0] if node.args else None
     inplace = is_inplace_name(target) if isinstance(target, str) else is_inplace_callable(target)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch.fx import Node
 
+from .._torch import FakeTensor
 from ..functional import makes_grads_in_forward
 from .memory import D, N, V, bytes_needed, bytes_saved
 from .sharded import has_sharded_head, is_sharded, refusal
@@ -84,8 +85,6 @@ def _illegal(candidate: Candidate) -> Decline | None:
 
 
 def _is_dense(value: Any) -> bool:
-    from torch._subclasses.fake_tensor import FakeTensor
-
     plain = type(value) in (torch.Tensor, torch.nn.Parameter, FakeTensor)
     return plain and value.layout == torch.strided and not value.is_quantized and not value.is_complex()
 

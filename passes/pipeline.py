@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch._inductor.custom_graph_pass import CustomGraphPass
-from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
+from .._torch import CustomGraphPass, HigherOrderOperator
 from ..functional import __file__ as functional_file
 from . import fakes
 from .decide import Policy, decide

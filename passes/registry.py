@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from .._torch import OpOverload
 from .values import Candidate, Decline, Form, LogitsView, OwnReason, Reason, value_of
 
 Outcome = LogitsView | Candidate | Decline | None
@@ -41,7 +42,7 @@ def rule(*operations: str | Callable[..., Any], begins: bool = False) -> Callabl
 
     def register(function: Rule) -> Rule:
         for operation in operations:
-            if isinstance(operation, torch._ops.OpOverload):
+            if isinstance(operation, OpOverload):
                 operation = operation.overloadpacket  # an operator's overloads share its rule
             if operation in RULES:
                 raise ValueError(f"{operation!r} has a rule already: {RULES[operation].__qualname__}")

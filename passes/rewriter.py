@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
-from torch.fx.proxy import GraphAppendingTracer
 
+from .._torch import GraphAppendingTracer
 from ..functional import KernelSpec, row_statistics, site_loss, statistics_dtype, target_logit, top_class
 from ..kernels.spec import Needs
 from .decide import Policy

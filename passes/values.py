@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch.fx import Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from .._torch import statically_known_true
 from ..functional import LossSpec, statistics_dtype
 from ..kernels.spec import Epilogue
 

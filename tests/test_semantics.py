@@ -260,7 +260,9 @@ def test_near_miss_is_declined_with_its_reason(program: Callable[..., Tensor]) -
     watch = compare(program, tensors(6))
     assert not watch.rewritten
     report = cce_fx.explain(program, *tensors(6), options=cce_fx.Options(min_vocab=0))
-    assert [d.reason for d in report.declined] == [NEAR_MISSES[program]]
+    # Before 2.13 Dynamo hides a hook inside an operator of its own, which has no rule.
+    hidden_hook = program is hooked_logits and torch.__version__ < "2.13"
+    assert [d.reason for d in report.declined] == ["NO_RULE" if hidden_hook else NEAR_MISSES[program]]
 
 
 def test_mutation_after_the_loss_is_no_obstacle() -> None:

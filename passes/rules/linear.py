@@ -31,8 +31,12 @@ def _head(
     result = call.result
     if not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
         return None
+    if result.device.type == "meta":  # nothing to save, and no kernel to be had
+        return None
     size = value_of(hidden).shape[-1] if size is None else size
-    if not isinstance(size, int) or not isinstance(result.shape[class_dim], int):
+    if not isinstance(size, int) or not isinstance(result.shape[class_dim], int) or not result.shape[class_dim]:
+        return None
+    if not _multiplies(call.node, result.dtype, {value_of(n).dtype for n in (hidden, weight.node, bias) if n is not None}):
         return None
     return LogitsView(
         linear=call.node,
@@ -45,6 +49,33 @@ def _head(
         shape=tuple(result.shape),
         path=(call.node,),
     )
+
+
+def _multiplies(head: Node, result: torch.dtype, dtypes: set[torch.dtype]) -> bool:
+    """Whether eager multiplies operands of these dtypes: of one, or of several that autocast makes one.
+
+    A fake tensor's result says nothing of it: its dtype is hidden's, whatever the weight's.
+    """
+    if len(dtypes) == 1:
+        return True
+    low = result in (torch.bfloat16, torch.float16) and torch.float64 not in dtypes
+    return low and _under_autocast(head)
+
+
+def _under_autocast(node: Node) -> bool:
+    """Whether autocast is on at a node: around the graph, or from an entry in it that is not left before the node."""
+    entered: list[Node] = []
+    for n in node.graph.nodes:
+        if n is node:
+            break
+        name = getattr(n.target, "__name__", "")
+        if name == "_enter_autocast":
+            entered.append(n)
+        elif name == "_exit_autocast" and n.args and n.args[0] in entered:
+            entered.remove(n.args[0])  # type: ignore[arg-type]
+    if entered:
+        return Call(entered[-1], {}).arg(2, "enabled", True) is not False
+    return torch.is_autocast_enabled(value_of(node).device.type)
 
 
 _TRANSPOSES = {"t", "transpose", "permute", "T", "mT", "getattr"}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..._torch import OpOverload
 from ...functional import LossSpec
 from ..registry import Call, Outcome, rule
 from ..values import Candidate, Form, LogitsView, Reason, value_of
@@ -30,7 +31,7 @@ def cross_entropy(call: Call) -> Outcome:
     view = call.view(forms=(Form.LOGITS, Form.SHIFTED, Form.LOG_SOFTMAX))
     if view is None:
         return None
-    if isinstance(call.node.target, torch._ops.OpOverload):
+    if isinstance(call.node.target, OpOverload):
         options = [(3, "reduction", 1), (4, "ignore_index", -100), (5, "label_smoothing", 0.0)]
         return _loss(call, view, *(call.arg(*o) for o in options))
     options = [(6, "reduction", "mean"), (4, "ignore_index", -100), (7, "label_smoothing", 0.0)]
@@ -46,7 +47,7 @@ def nll_loss(call: Call) -> Outcome:
         return None
     if view.form is not Form.LOG_SOFTMAX:
         return call.decline(Reason.NO_RULE, "nll_loss of logits that were not normalised")
-    if isinstance(call.node.target, torch._ops.OpOverload):
+    if isinstance(call.node.target, OpOverload):
         return _loss(call, view, call.arg(3, "reduction", 1), call.arg(4, "ignore_index", -100), 0.0)
     reduction, ignore_index = call.arg(6, "reduction", "mean"), call.arg(4, "ignore_index", -100)
     return _loss(call, view, _reduction(call, reduction), ignore_index, 0.0)

@@ -1,0 +1,118 @@
+"""Every private name of torch that the project uses, why, and since which torch.
+
+They are looked up when first imported from here, so that the functional interface does not load Dynamo. A name that a
+torch does not have is an ImportError that says what is missing; `tests/test_torch_names.py` asks for every one of them, and
+reads the sources for private names that are not listed.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the ones that annotations use
+    from torch._inductor.custom_graph_pass import CustomGraphPass as CustomGraphPass
+    from torch._ops import HigherOrderOperator as HigherOrderOperator
+    from torch._ops import OpOverload as OpOverload
+    from torch._ops import OpOverloadPacket as OpOverloadPacket
+    from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
+    from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.fx.proxy import GraphAppendingTracer as GraphAppendingTracer
+
+OLDEST = "2.11"  # the oldest torch that is supported and tested
+
+
+@dataclass(frozen=True)
+class Private:
+    """A name of torch that no documentation promises."""
+
+    home: str  # "module:attribute"
+    why: str
+    since: str = OLDEST  # the oldest supported torch that has it
+
+
+NAMES: dict[str, Private] = {
+    # The backend.
+    "InductorWrapper": Private(
+        "torch:_TorchCompileInductorWrapper", "what `backend='inductor'` is: the only reader of `mode=` and `options=`"
+    ),
+    "lookup_backend": Private("torch._dynamo.backends.registry:lookup_backend", "`inner` may be any backend's name"),
+    "BackendCompilerFailed": Private("torch._dynamo.exc:BackendCompilerFailed", "wraps an error of inductor's"),
+    "InvalidCxxCompiler": Private("torch._inductor.exc:InvalidCxxCompiler", "told apart to say how to get a compiler"),
+    "compiler_config": Private("torch.compiler:config", "`cache_key_tag`: what caches on disk add to their keys"),
+    "inductor_config": Private("torch._inductor:config", "which options are inductor's, for unknown ones"),
+    "CustomGraphPass": Private(
+        "torch._inductor.custom_graph_pass:CustomGraphPass", "inductor's type of passes with a key"
+    ),
+    # Graphs and their values.
+    "FakeTensor": Private("torch._subclasses.fake_tensor:FakeTensor", "example values in Dynamo's graphs"),
+    "FakeTensorMode": Private("torch._subclasses.fake_tensor:FakeTensorMode", "computes example values without data"),
+    "detect_fake_mode": Private("torch._guards:detect_fake_mode", "the mode that a graph's inputs were made in"),
+    "statically_known_true": Private(
+        "torch.fx.experimental.symbolic_shapes:statically_known_true", "compares sizes without adding a guard"
+    ),
+    "GraphAppendingTracer": Private("torch.fx.proxy:GraphAppendingTracer", "writes proxies' operations into a graph"),
+    "OpOverload": Private("torch._ops:OpOverload", "targets of aten graphs"),
+    "OpOverloadPacket": Private("torch._ops:OpOverloadPacket", "targets of `make_fx` without an overload"),
+    "HigherOrderOperator": Private(
+        "torch._ops:HigherOrderOperator", "checkpoints and branches, whose bodies are graphs"
+    ),
+    "c_nn": Private("torch._C:_nn", "some of `torch.nn.functional` is defined there: `linear`"),
+    # Observation.
+    "counters": Private("torch._dynamo.utils:counters", "where torch's own passes count"),
+    "trace_structured": Private("torch._logging:trace_structured", "leaves artifacts for tlparse"),
+    "trace_log": Private("torch._logging._internal:trace_log", "whether somebody listens to them"),
+    # Operators and lazy logits.
+    "DispatchKey": Private("torch._C:DispatchKey", "autocast of hidden, weight and bias alone, as F.linear's"),
+    "DispatchKeySet": Private("torch._C:DispatchKeySet", "the same"),
+    "ExcludeDispatchKeyGuard": Private("torch._C:_ExcludeDispatchKeyGuard", "the same"),
+    "dispatch_key_for_device": Private("torch._C:_dispatch_key_for_device", "the same"),
+    "check": Private("torch:_check", "conditions on sizes that may be symbols"),
+    "DisableTorchFunctionSubclass": Private("torch._C:DisableTorchFunctionSubclass", "asks a lazy tensor itself"),
+    "disable_dynamo": Private("torch:_disable_dynamo", "`torch.compiler.disable` that does not load Dynamo"),
+    "tree_iter": Private("torch.utils._pytree:tree_iter", "lazy tensors among arguments"),
+    "tree_map": Private("torch.utils._pytree:tree_map", "the same"),
+}
+
+# Private attributes of torch's objects that the project reads: (owner's "module:attribute", name) and why.
+ATTRIBUTES: dict[tuple[str, str], str] = {
+    ("torch:Tensor", "_version"): "whether a tensor changed in place since the forward",
+    ("torch:Tensor", "_make_wrapper_subclass"): "a tensor without memory of its own",
+    ("torch:UntypedStorage", "_cdata"): "whether two fake tensors share memory",
+    ("torch.nn:Module", "_forward_hooks"): "a module with hooks is not written out",
+    ("torch.nn:Module", "_forward_pre_hooks"): "the same",
+    ("torch.nn:Module", "_backward_hooks"): "the same",
+    ("torch.nn:Module", "_backward_pre_hooks"): "the same",
+    ("torch.fx:Node", "_erased"): "whether a node is still in its graph",
+    ("torch._ops:OpOverload", "_schema"): "an operator's name and which arguments it writes to",
+    ("torch._ops:OpOverloadPacket", "_qualified_op_name"): "an operator's namespace",
+}
+
+# Used where nothing of the project may be imported: `kernels/` stands alone.
+ELSEWHERE: dict[tuple[str, str], str] = {
+    ("kernels/triton/rows.py", "torch._assert_async"): "an out-of-range target on a GPU, without waiting for it",
+}
+
+
+def find(home: str) -> Any:
+    """What "module:attribute" names. Raises ImportError or AttributeError where torch does not have it."""
+    module, _, attribute = home.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in NAMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    private = NAMES[name]
+    try:
+        found = find(private.home)
+    except (ImportError, AttributeError) as error:
+        import torch
+
+        raise ImportError(
+            f"torch {torch.__version__} has no {private.home.replace(':', '.')}, which cce_fx needs ({private.why}). "
+            "docs/compatibility.md lists the versions that were tested; please report this one."
+        ) from error
+    globals()[name] = found
+    return found
