@@ -59,6 +59,13 @@ NAMES: dict[str, Private] = {
         "torch._ops:HigherOrderOperator", "checkpoints and branches, whose bodies are graphs"
     ),
     "c_nn": Private("torch._C:_nn", "some of `torch.nn.functional` is defined there: `linear`"),
+    # Several processes.
+    "functional_collectives": Private(
+        "torch.distributed:_functional_collectives", "collectives that autograd and graphs see as ordinary operators"
+    ),
+    "process_group_store": Private(
+        "torch.distributed.distributed_c10d:_get_process_group_store", "where processes compare their options"
+    ),
     # Observation.
     "counters": Private("torch._dynamo.utils:counters", "where torch's own passes count"),
     "trace_structured": Private("torch._logging:trace_structured", "leaves artifacts for tlparse"),
@@ -91,6 +98,7 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
 
 # Used where nothing of the project may be imported: `kernels/` stands alone.
 ELSEWHERE: dict[tuple[str, str], str] = {
+    ("kernels/native.py", "torch._inductor.codecache.CppCodeCache"): "compiles C++ with inductor's flags, into its cache",
     ("kernels/triton/rows.py", "torch._assert_async"): "an out-of-range target on a GPU, without waiting for it",
 }
 

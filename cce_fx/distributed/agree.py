@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-import torch.distributed.distributed_c10d as c10d
+
+from .._torch import process_group_store
 
 if TYPE_CHECKING:
     from ..passes import Candidate, Policy
@@ -32,7 +33,7 @@ def agree(group: dist.ProcessGroup, what: str, choice: str) -> None:
         return
     # A program may change its mind, as long as all processes do: the choices are numbered.
     prefix = f"cce_fx/{group.group_name}/{what}/{len(known)}"
-    store = c10d._get_process_group_store(group)
+    store = process_group_store(group)
     mine = group.rank()
     store.set(f"{prefix}/{mine}", choice)
     for rank in range(group.size()):

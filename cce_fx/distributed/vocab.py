@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 
+from .._torch import functional_collectives as funcol
 from ..functional import Division, KernelSpec, LossSpec, Reduction, check_arguments, site_loss
 from ..kernels.combine import combine, finish
 from ..kernels.spec import Epilogue, Needs, Partials
