@@ -43,7 +43,7 @@ def cce(
     Raises:
         ValueError, TypeError: an option that is unknown or wrong.
         RuntimeError: with `strict`, when a graph has losses and none could be rewritten.
-        What the inner backend raises, unchanged.
+        Exception: what the inner backend raises, unchanged.
     """
     ours, rest = split(options)
     tune = (mode or "").startswith("max-autotune") or bool(rest.get("max_autotune"))
