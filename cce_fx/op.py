@@ -162,7 +162,7 @@ def fake_grads(
     )
 
 
-def _operator(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+def _operator(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
     """Define cce::`name` and return it.
 
     What `torch.library.custom_op` does, less its look at every result's memory in every call: no kernel returns an input or
@@ -196,7 +196,7 @@ def _stats_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ign
     return nll, lse, smooth, torch.empty_like(nll), torch.empty_like(nll)
 
 
-linear_cross_entropy = _operator(
+linear_cross_entropy: OpOverload = _operator(
     "linear_cross_entropy",
     f"({HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth, Tensor max, Tensor sumexp)",
     _stats,
@@ -218,13 +218,26 @@ def _stats_grads_fake(*args):  # type: ignore[no-untyped-def]
     return fake_grads(*args[:3], *args[-3:])
 
 
-linear_cross_entropy_backward = _operator(
+linear_cross_entropy_backward: OpOverload = _operator(
     "linear_cross_entropy_backward",
     f"({HEAD}, Tensor max, Tensor sumexp, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_smooth, bool need_hidden, "
     "bool need_weight, bool need_bias) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
     _stats_grads,
     _stats_grads_fake,
 )
+
+
+_TWICE = (
+    "the gradients of cut cross-entropy cannot be differentiated twice. Compute the loss without cce_fx where you need a "
+    "second derivative."
+)
+
+
+def _differentiated_twice(ctx: Any, *grads: Tensor | None) -> Any:
+    raise RuntimeError(_TWICE)
+
+
+torch.library.register_autograd(linear_cross_entropy_backward, _differentiated_twice, lib=_LIBRARY)
 
 
 def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -283,7 +296,7 @@ def _sum_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignor
     return (total, *_fake_stats(hidden, rest[2]), *fake_grads(hidden, weight, bias, *rest[-3:]))
 
 
-linear_cross_entropy_with_grads = _operator(
+linear_cross_entropy_with_grads: OpOverload = _operator(
     "linear_cross_entropy_with_grads",
     f"({HEAD}, Tensor weight_nll, Tensor? weight_lse, Tensor? weight_smooth, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor total, Tensor nll, Tensor lse, Tensor smooth, Tensor d_hidden, Tensor d_weight, "
@@ -323,10 +336,7 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        raise RuntimeError(
-            "the gradients of cut cross-entropy cannot be differentiated twice: they are made in the forward. Compute the "
-            "loss without cce_fx where you need a second derivative."
-        )
+        raise RuntimeError(_TWICE)
 
 
 torch.library.register_autograd(linear_cross_entropy_with_grads, _sum_backward, setup_context=_sum_setup, lib=_LIBRARY)
@@ -349,7 +359,7 @@ def _argmax_fake(hidden, weight, bias, scale, softcap, post_scale, workspace):  
     return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
 
 
-linear_argmax = _operator(
+linear_argmax: OpOverload = _operator(
     "linear_argmax",
     "(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? softcap, float post_scale, int? workspace) -> Tensor",
     _argmax,

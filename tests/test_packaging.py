@@ -90,7 +90,7 @@ def test_the_sdist_holds_what_a_build_needs_and_nothing_else(built: Path) -> Non
     extra = {"PKG-INFO", "setup.cfg", *SOURCES} - {"cce_fx", "passes", "kernels"}
     code = {n for n in names if n.startswith("cce_fx/")}
     files = subprocess.run(
-        ["git", "ls-files", "*.py"], capture_output=True, text=True, cwd=ROOT, check=True
+        ["git", "ls-files", "*.py", "*.cpp"], capture_output=True, text=True, cwd=ROOT, check=True
     ).stdout.split()
     ours = {
         f if f.startswith("cce_fx/") else f"cce_fx/{f}"
@@ -98,7 +98,7 @@ def test_the_sdist_holds_what_a_build_needs_and_nothing_else(built: Path) -> Non
         if f.startswith(("cce_fx/", "passes/", "kernels/"))
     }
     assert ours | {"cce_fx/py.typed"} <= code
-    assert all(n.endswith((".py", "py.typed")) for n in code)
+    assert all(n.endswith((".py", ".cpp", "py.typed")) for n in code)
     assert {n for n in names - code if ".egg-info/" not in n} == extra
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -54,12 +53,9 @@ def test_the_model_counts_the_products_of_the_cost_table() -> None:
     assert count(passes.liger(problem)) == pytest.approx(3)
 
 
-def test_the_command_prints_tables_and_writes_json(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_prints_tables_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "static.json"
-    monkeypatch.setattr(sys, "argv", ["static_gpu", "--shape", "512,256,4096", "--arch", "sm_90", "--json", str(path)])
-    static_gpu.main()
+    static_gpu.main(["--shape", "512,256,4096", "--arch", "sm_90", "--json", str(path)])
     printed, written = capsys.readouterr().out, json.loads(path.read_text())
     assert "cut-cross-entropy" in printed and "liger-kernel" in printed and "MI300X" in printed
     assert {r["kernel"] for r in written["kernels"]} >= {"_sweep", "_hidden_gradient", "_cce_backward_kernel"}
