@@ -22,14 +22,26 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder of the pictures, which are named after the files; default: none"
     )
+    parser.add_argument("--into", type=Path, help="a markdown file with marked places for the tables")
     args = parser.parse_args(arguments)
     for path in args.files:
         kind, about, rows = read(path)
-        print(f"{describe(about)}:\n")
-        for view in VIEWS[kind](rows):
-            print(view.markdown())
+        text = "\n".join([f"{describe(about)}:\n", *(view.markdown() for view in VIEWS[kind](rows))])
+        if args.into:
+            args.into.write_text(placed(args.into.read_text(), path.stem, text))
+        else:
+            print(text)
         if args.out and kind in PICTURES:
             PICTURES[kind](rows, describe(about), args.out / f"{path.stem}.png")
+
+
+def placed(page: str, name: str, text: str) -> str:
+    """The page with a text between the marks of that name. Raises ValueError where it has none."""
+    begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if page.count(begin) != 1 or page.count(end) != 1:
+        raise ValueError(f"the page has no place {begin} ... {end}")
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def peer_views(rows: list[Row]) -> list[View]:

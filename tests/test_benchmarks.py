@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import candidates, measure, peers, scaling, store
+from benchmarks import candidates, cluster, measure, peers, report, scaling, store
 from benchmarks.__main__ import COMMANDS, main
 
 
@@ -110,7 +110,23 @@ def test_overhead_program_tells_the_parts_apart(tmp_path: Path) -> None:
     rows = store.read(path)[2]
     names = [r["name"] for r in rows if r.get("what") == "step, logits returned"]
     assert names == ["inductor", "cce", "cce without the kernel"]
-    assert {r["name"]: r["modules"] for r in rows if r["part"] == "import"}["cce_fx"] == 2
+    assert {r["name"]: r["modules"] for r in rows if r["part"] == "import"}["cce_fx torch"] == 2
+
+
+def test_cluster_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    main("cluster --tokens 1000 --width 100 --classes 8000 --tp 8 --parameters 1e9 --markdown".split())
+    out = capsys.readouterr().out
+    # By hand: 6 D V of 6e9 flops; 14 bytes a logit.
+    assert "0.08 %" in out and "1,000 x 1,000 |" in out
+    dense, _ = cluster.predicted(cluster.Run(1000, 100, 8000, 1e9, 1))
+    assert dense == 14 * 1000 * 8000
+
+
+def test_report_fills_the_places_of_a_page() -> None:
+    page = "a\n<!-- begin x -->\nold\n<!-- end x -->\nb"
+    assert report.placed(page, "x", "new").split() == "a <!-- begin x --> new <!-- end x --> b".split()
+    with pytest.raises(ValueError, match="no place"):
+        report.placed(page, "y", "new")
 
 
 def test_inputs_are_those_of_a_trained_head() -> None:
