@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, kernel, measure, peers
+from benchmarks import gpu, kernel, measure, memory_timeline, peers
 
 
 def test_gpu_program_compares_what_runs_here_and_names_the_rest(
@@ -48,3 +48,18 @@ def test_peak_is_counted_exactly() -> None:
         return torch.empty(3 << 19, dtype=torch.uint8)
 
     assert measure.peak_bytes(run) == 3 << 19
+
+
+def test_memory_timeline_draws_what_a_step_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = f"memory_timeline --rows 256 --width 16 --vocab 4000 --out {tmp_path}".split()
+    monkeypatch.setattr(sys, "argv", arguments)
+    memory_timeline.main()
+    found = json.loads((tmp_path / "memory_timeline.json").read_text())
+    peaks = {name: max(line["bytes"]) for name, line in found.items()}
+    logits = 256 * 4000 * 4
+    assert peaks["cce"] < logits < peaks["eager"]
+    assert [k[0] for k in found["cce"]["kernels"]] == ["cce_fx::forward_backward"]
+    assert (tmp_path / "memory_timeline.png").stat().st_size > 10_000
+    assert "cce: at most" in capsys.readouterr().out
