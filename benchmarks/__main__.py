@@ -13,6 +13,7 @@ COMMANDS = {
     "report": "markdown tables and pictures from what peers, scaling and overhead wrote",
     "kernel": "the CPU kernel alone beside the bare matrix products",
     "step": "a whole training step of a Llama",
+    "memory_timeline": "what holds memory over one training step, as a picture",
     "quality": "whether training goes as in eager",
     "compile_time": "how long the pass takes, against the size of the graph",
     "gpu": "the loss on a real GPU, beside its peers",
@@ -23,7 +24,7 @@ COMMANDS = {
 def main(arguments: list[str]) -> None:
     """Run one command; its module is imported only then."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(__doc__, *(f"  {name:14}{text}" for name, text in COMMANDS.items()), sep="\n")
+        print(__doc__, *(f"  {name:17}{text}" for name, text in COMMANDS.items()), sep="\n")
         return
     name, *rest = arguments
     if name not in COMMANDS:

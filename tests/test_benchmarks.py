@@ -146,3 +146,14 @@ def test_peak_is_counted_exactly() -> None:
         return torch.empty(3 << 19, dtype=torch.uint8)
 
     assert measure.peak_bytes(run) == 3 << 19
+
+
+def test_memory_timeline_draws_what_a_step_holds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(f"memory_timeline --rows 256 --width 16 --vocab 4000 --out {tmp_path}".split())
+    found = json.loads((tmp_path / "memory_timeline.json").read_text())
+    peaks = {name: max(line["bytes"]) for name, line in found.items()}
+    logits = 256 * 4000 * 4
+    assert peaks["cce"] < logits < peaks["eager"]
+    assert [k[0] for k in found["cce"]["kernels"]] == ["cce_fx::forward_backward"]
+    assert (tmp_path / "memory_timeline.png").stat().st_size > 10_000
+    assert "cce: at most" in capsys.readouterr().out

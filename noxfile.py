@@ -1,0 +1,75 @@
+"""The tests against every supported torch, each in an environment of its own: `nox`, `nox -s "smoke(2.11)"`, `nox -l`.
+
+`compat/torch-X.txt` says what replaces the pins of constraints.txt for one torch. A Python that is not on the machine is
+reported and skipped; torch's wheels for Linux bring CUDA along, about 6 GB to an environment.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+TORCHES = ("2.11", "2.12", "2.13", "2.15")
+PYTHON = "3.11"  # what constraints.txt was made for
+# Pythons beside it, with the oldest and the newest torch that have wheels for them. Pins of another Python may not exist.
+PYTHONS = (("3.10", "2.11"), ("3.10", "2.13"), ("3.12", "2.15"), ("3.13", "2.15"))
+SMOKE = [
+    f"tests/test_{name}.py"
+    for name in (
+        "torch_names",
+        "bad_inputs",
+        "fuzz",
+        "lifetime",
+        "determinism",
+        "caches",
+        "semantics",
+        "options",
+        "forms",
+    )
+]
+nox.options.sessions = ["smoke"]
+
+
+def _name(line: str) -> str:
+    return re.split(r"[=<>~! ]", line)[0].lower().replace("_", "-")
+
+
+def _pins(path: Path) -> dict[str, str]:
+    lines = (line.split("#")[0].strip() for line in path.read_text().splitlines())
+    return {_name(line): line for line in lines if line}
+
+
+def _install(session: nox.Session, torch: str, extras: str, *, pinned: bool = True) -> None:
+    pins = _pins(ROOT / "compat" / f"torch-{torch}.txt")
+    if pinned:
+        pins = _pins(ROOT / "constraints.txt") | pins
+    merged = Path(session.create_tmp()) / "constraints.txt"
+    merged.write_text("\n".join(pins.values()) + "\n")
+    session.install("-c", str(merged), "-e", f".[{extras}]")
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("torch", TORCHES, ids=TORCHES)
+def smoke(session: nox.Session, torch: str) -> None:
+    """What depends on torch most, in a few minutes."""
+    _install(session, torch, "smoke")
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or SMOKE))
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("torch", TORCHES, ids=TORCHES)
+def tests(session: nox.Session, torch: str) -> None:
+    """Everything."""
+    _install(session, torch, "test,examples")
+    session.run("python", "-m", "pytest", *session.posargs)
+
+
+@nox.session
+@nox.parametrize(("python", "torch"), PYTHONS)
+def pythons(session: nox.Session, torch: str) -> None:
+    """The smoke part on the other Pythons, with whatever versions of the rest there are for them."""
+    _install(session, torch, "smoke", pinned=False)
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or SMOKE))
