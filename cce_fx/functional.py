@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .kernels import plan
 from .kernels.spec import Epilogue, Needs
+from .op import DTYPES as DTYPES
 from .op import gpu_kernels, statistics_dtype  # importing it registers the operators
 
 Reduction = Literal["mean", "sum", "none"]

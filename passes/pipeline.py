@@ -46,9 +46,8 @@ def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
     if done:
         # Views beside the paths too, such as what a tracer saved for a backward.
         erase_unused(gm.graph, list(reversed(found.views)))
-    outputs = {n for n in gm.graph.nodes if n.op == "output"}
     for site in done:
-        report.rewritten.append(Rewritten.of(site, logits_use(site.candidate.view, outputs)))
+        report.rewritten.append(Rewritten.of(site, logits_use(site.candidate.view)))
     report.declined += [Declined.of(d) for d in declines]
     if done:
         gm.graph.lint()

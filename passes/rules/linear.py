@@ -78,9 +78,6 @@ def _under_autocast(node: Node) -> bool:
     return torch.is_autocast_enabled(value_of(node).device.type)
 
 
-_TRANSPOSES = {"t", "transpose", "permute", "T", "mT", "getattr"}
-
-
 def transposed(node: Node) -> Operand:
     """The operand whose transpose `node`, a (D, V) tensor, is: seen through where it is itself a plain transpose."""
     name = canonical(node)
