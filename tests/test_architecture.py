@@ -53,6 +53,16 @@ def test_the_picture_names_what_is_there() -> None:
     assert not missing
 
 
+def test_the_map_of_contributing_names_what_is_there_and_every_folder() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("\n## ")[0]
+    names = re.findall(r"`([\w./]+/[\w./]*)`", table)
+    assert len(names) > 20
+    assert [n for n in names if not (ROOT / n).exists()] == []
+    folders = {p.parent for folder in ("cce_fx", "passes", "kernels") for p in (ROOT / folder).rglob("*.py")}
+    tops = {str(p.relative_to(ROOT)) + "/" for p in folders} - {"cce_fx/", "passes/"}
+    assert [f for f in tops if f not in names and f"cce_fx/{f}" not in names] == []
+
+
 def test_no_file_is_long() -> None:
     """A module is read in one go: 400 lines, or a reason here."""
     own = [p for folder in ("cce_fx", "passes", "kernels") for p in (ROOT / folder).rglob("*.py")]
