@@ -14,7 +14,14 @@ ROOT = Path(__file__).parent.parent
 # What a file of each folder may import of the project: the folder's own modules, and these.
 ALLOWED = {
     "kernels": {"cce_fx.kernels"},
-    "passes": {"cce_fx.passes", "cce_fx.functional", "cce_fx.distributed", "cce_fx.kernels.spec", "cce_fx._torch", "cce_fx._version"},
+    "passes": {
+        "cce_fx.passes",
+        "cce_fx.functional",
+        "cce_fx.distributed",
+        "cce_fx.kernels.spec",
+        "cce_fx._torch",
+        "cce_fx._version",
+    },
 }
 FILES = [p for folder in ALLOWED for p in sorted((ROOT / folder).rglob("*.py"))]
 

@@ -119,7 +119,9 @@ def test_reset_compiles_again_and_gives_the_same() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("file", ["cce_fx/_version.py", "passes/rules/loss.py", "kernels/tiled.py", "kernels/native.cpp"])
+@pytest.mark.parametrize(
+    "file", ["cce_fx/_version.py", "passes/rules/loss.py", "kernels/tiled.py", "kernels/native.cpp"]
+)
 def test_version_and_sources_are_part_of_the_key(tmp_path: Path, file: str) -> None:
     """The digest in every key is of the sources, those in other languages too, and the version's file among them."""
     for folder in ("cce_fx", "passes", "kernels"):

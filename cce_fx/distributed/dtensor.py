@@ -101,7 +101,9 @@ def sharded_loss(
         hidden = hidden.redistribute(mesh, hidden.placements)
     local_hidden = hidden.to_local(grad_placements=layout.grad_of_hidden(hidden.placements))
     local_weight, local_bias = (
-        None if t is None else t.redistribute(mesh, layout.of_weight()).to_local(grad_placements=layout.grad_of_weight())
+        None
+        if t is None
+        else t.redistribute(mesh, layout.of_weight()).to_local(grad_placements=layout.grad_of_weight())
         for t in (weight, bias)
     )
     local_target = _local(target, mesh, list(hidden.placements))
