@@ -2,7 +2,8 @@
 
 torch's profiler (`profile_memory=True`) reports every allocation of the CPU's allocator. Each is put down to the operator
 during which it was made, so that the picture shows what the logits and their relatives cost, and what cce_fx's kernels do
-(the ranges `cce_fx::*`). Writes a picture with one line for each backend, and its figures beside it.
+(the ranges `cce_fx::*`). Writes a picture with one line for each backend, over its own step because a profiler that writes
+down every allocation makes times of its own, and the figures beside it.
 """
 
 from __future__ import annotations
@@ -64,6 +65,10 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _parts(line: dict[str, Any], milliseconds: list[float]) -> list[float]:
+    return [t / line["milliseconds"][-1] for t in milliseconds]
+
+
 def draw(found: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     import matplotlib
 
@@ -73,10 +78,10 @@ def draw(found: dict[str, dict[str, Any]], title: str, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 4))
     for name, line in found.items():
         size = [b / 2**20 for b in line["bytes"]]
-        axes.step(line["milliseconds"], size, where="post", label=f"{name}: at most {max(size):.0f} MiB")
+        axes.step(_parts(line, line["milliseconds"]), size, where="post", label=f"{name}: at most {max(size):.0f} MiB")
     for name, start, length in found["cce"]["kernels"]:
-        axes.axvspan(start, start + length, alpha=0.12, color="C2", label=name)
-    axes.set(xlabel="milliseconds of one step", ylabel="MiB beyond what was alive before", title=title)
+        axes.axvspan(*_parts(found["cce"], [start, start + length]), alpha=0.12, color="C2", label=name)
+    axes.set(xlabel="part of the step", ylabel="MiB beyond what was alive before", title=title)
     axes.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)

@@ -98,7 +98,10 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
 
 # Used where nothing of the project may be imported: `kernels/` stands alone.
 ELSEWHERE: dict[tuple[str, str], str] = {
-    ("kernels/native.py", "torch._inductor.codecache.CppCodeCache"): "compiles C++ with inductor's flags, into its cache",
+    (
+        "kernels/native.py",
+        "torch._inductor.codecache.CppCodeCache",
+    ): "compiles C++ with inductor's flags, into its cache",
     ("kernels/triton/rows.py", "torch._assert_async"): "an out-of-range target on a GPU, without waiting for it",
 }
 

@@ -58,7 +58,6 @@ def cce(
     return restore(compiled, cut)
 
 
-
 def cut_graph(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, *, tune: bool = False, agree: bool = False
 ) -> tuple[Report, CutOutputs]:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .kernels import plan
 from .kernels.spec import Epilogue, Needs
+from .op import DTYPES as DTYPES
 from .op import gpu_kernels, statistics_dtype  # importing it registers the operators
 
 Reduction = Literal["mean", "sum", "none"]
@@ -34,8 +35,11 @@ class LossSpec:
             raise ValueError(f"reduction is 'mean', 'sum' or 'none', not {self.reduction!r}")
         if not 0.0 <= self.label_smoothing <= 1.0:
             raise ValueError(f"label_smoothing is within [0, 1], not {self.label_smoothing}")
-        if self.epilogue.softcap is not None and not self.epilogue.softcap > 0:
-            raise ValueError(f"softcap is positive, not {self.epilogue.softcap}")
+        e = self.epilogue
+        if e.softcap is not None and not 0 < e.softcap < math.inf:
+            raise ValueError(f"softcap is positive and finite, not {e.softcap}")
+        if not (math.isfinite(e.scale) and math.isfinite(e.post_scale)):
+            raise ValueError(f"scale and post_scale are finite, not {e.scale} and {e.post_scale}")
 
 
 @dataclass(frozen=True)

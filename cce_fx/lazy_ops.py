@@ -96,13 +96,18 @@ def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return _lazily(lazy, name, func, args[1:], kwargs)
 
 
+def _on_meta(lazy: LazyLogits, dtype: torch.dtype | None = None) -> Tensor:
+    """Shape and strides without memory."""
+    with DisableTorchFunctionSubclass():
+        return torch.empty_strided(lazy.size(), lazy.stride(), dtype=dtype or lazy.dtype, device="meta")
+
+
 def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if not _harmless(name, lazy, args, kwargs):
         return NotImplemented
-    with DisableTorchFunctionSubclass():
-        like = torch.empty_strided(lazy.size(), lazy.stride(), dtype=lazy.dtype, device="meta")
-        here, args_on_meta = lazy.device, args
+    like = _on_meta(lazy)
     if name == "to":
+        here = lazy.device
         args_on_meta = tuple(a.dtype if isinstance(a, Tensor) else a for a in args if not _is_device(a))
         if any(_is_device(a) and torch.device(a) != here for a in (*args, kwargs.get("device", here))):
             return NotImplemented
@@ -126,16 +131,13 @@ def _product(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]) 
     other = args[0]
     if other.chain is None or _source(lazy) is not _source(other) or lazy.shape != other.shape:
         return NotImplemented
-    with DisableTorchFunctionSubclass():
-        dtype = torch.promote_types(lazy.dtype, other.dtype)
-        like = torch.empty_strided(lazy.size(), lazy.stride(), dtype=dtype, device="meta")
+    like = _on_meta(lazy, torch.promote_types(lazy.dtype, other.dtype))
     return lazy._derive(Op("mul", func, args, ()), like)
 
 
 def _pieces(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """split, chunk and unbind along rows, as slices that stay lazy."""
-    with DisableTorchFunctionSubclass():
-        like = torch.empty_strided(lazy.size(), lazy.stride(), dtype=lazy.dtype, device="meta")
+    like = _on_meta(lazy)
     dim = kwargs.get("dim", args[-1] if len(args) > (name != "unbind") else 0) % like.dim()
     made = getattr(torch, name)(like, *args, **kwargs)
     if dim == like.dim() - 1:

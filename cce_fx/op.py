@@ -45,7 +45,7 @@ HEAD = (
 )
 HEAD_ARGS = HEAD.count(",") + 1
 _LIBRARY = torch.library.Library("cce", "FRAGMENT")
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -116,7 +116,7 @@ def check(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, c
     _check_equal(hidden.shape[1], weight.shape[1], "hidden size {} is not {}")
     _check_equal(hidden.shape[0], target.shape[0], "{} rows, {} targets")
     exact = statistics_dtype(hidden.dtype)
-    if hidden.dtype != weight.dtype or hidden.dtype not in _DTYPES:
+    if hidden.dtype != weight.dtype or hidden.dtype not in DTYPES:
         raise TypeError(f"hidden and weight must share one floating dtype, not {hidden.dtype} and {weight.dtype}")
     if bias is not None and bias.dtype not in (hidden.dtype, exact):
         raise TypeError(f"bias must have the dtype of hidden or {exact}, not {bias.dtype}")

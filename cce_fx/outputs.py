@@ -89,21 +89,10 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
     for index, node in wanted:
         view = found.views[node]
         chain, outer = _chain(node, view)
-        sources = []
-        for at, needed in enumerate((view.hidden.node, *outer)):
-            if needed in inputs:
-                sources.append(Source("input", inputs.index(needed)))
-                continue
-            if needed not in results:
-                # hidden takes the logits' own place; anything else goes to the end.
-                if at == 0:
-                    results[index] = needed
-                else:
-                    results.append(needed)
-            sources.append(Source("output", results.index(needed)))
+        sources = _sources(index, (view.hidden.node, *outer), inputs, results)
         if results[index] is node:
             results[index] = None
-        made.append(LazyOutput(index, view.linear.name, chain, tuple(sources), *_layout(node, view)))
+        made.append(LazyOutput(index, view.linear.name, chain, sources, *_layout(node, view)))
     output.args = (tuple(results),)
     if "example_value" in output.meta:
         output.meta["example_value"] = tuple(value_of(r) for r in results)
@@ -112,6 +101,23 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
     gm.graph.lint()
     gm.recompile()
     return CutOutputs(tuple(made), total)
+
+
+def _sources(index: int, wanted: tuple[Node, ...], inputs: list[Node], results: list[Any]) -> tuple[Source, ...]:
+    """Where hidden, the first of `wanted`, and the other inputs of a chain are found; put into `results` where nowhere."""
+    sources = []
+    for at, node in enumerate(wanted):
+        if node in inputs:
+            sources.append(Source("input", inputs.index(node)))
+            continue
+        if node not in results:
+            # hidden takes the logits' own place; anything else goes to the end.
+            if at == 0:
+                results[index] = node
+            else:
+                results.append(node)
+        sources.append(Source("output", results.index(node)))
+    return tuple(sources)
 
 
 def _layout(node: Node, view: LogitsView) -> tuple[bool, int, torch.dtype]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from .elementwise import Elementwise, Torch
 from .spec import Problem
 
-log = logging.getLogger("cce_fx")
+_log = logging.getLogger("cce_fx")
 
 FEWEST_LOGITS = 1 << 24  # of a problem; compiling takes about as long as two hundred times as many entries
 _PIECE = 128  # columns that a thread takes at a time
@@ -46,7 +46,7 @@ def _load() -> Native | None:
         source = Path(__file__).with_name("native.cpp").read_text()
         return Native(CppCodeCache.load(source, "cpu", extra_flags=_FLAGS))
     except (ImportError, AttributeError, TypeError, OSError, RuntimeError) as error:  # no compiler, or another torch
-        log.info("elementwise loops run as torch operations, since native.cpp could not be compiled: %s", error)
+        _log.info("elementwise loops run as torch operations, since native.cpp could not be compiled: %s", error)
         return None
 
 

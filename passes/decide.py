@@ -13,12 +13,11 @@ import torch
 from torch.fx import Node
 
 from .._torch import FakeTensor
-from ..functional import makes_grads_in_forward
+from ..functional import DTYPES, makes_grads_in_forward
 from .memory import D, N, V, bytes_needed, bytes_saved
 from .sharded import has_sharded_head, is_sharded, refusal
 from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, value_of
 
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SMALLEST_VOCAB = 32
 
 
@@ -27,7 +26,7 @@ class Policy:
     """The user's part in the decision."""
 
     strategy: Literal["auto", "grads_in_forward", "recompute"] = "auto"
-    min_vocab: int | None = None  # classes below which a head is left alone; None is max(D, 32)
+    min_vocab: int | None = None  # classes below which a head is left alone; None is max(D, 32) + 1
     workspace: int | None = None  # bytes
     filter_eps: float | None = None
     tune: bool = False  # block shapes by timing, where the kernel has a choice
@@ -45,16 +44,16 @@ def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) 
     if candidate.result is not Result.LOSS and any(n in needed for n in view.path):
         return Decline(Reason.USED, candidate.anchor)
     needs = _needs(candidate, policy)
-    saved, needed = bytes_saved(candidate), bytes_needed(candidate, needs, policy)
+    saved, held = bytes_saved(candidate), bytes_needed(candidate, needs, policy)
     sizes = {N: row_count(view), V: view.classes, D: view.hidden_size}
     known = all(isinstance(size, int) for size in sizes.values())
-    values = [int(bytes.subs(sizes)) if known else None for bytes in (saved, needed)]
-    return LossSite(candidate, needs, saved, values[0], needed, values[1])
+    values = [int(bytes.subs(sizes)) if known else None for bytes in (saved, held)]
+    return LossSite(candidate, needs, saved, values[0], held, values[1])
 
 
 def illegal_head(view: LogitsView) -> Decline | None:
     """Why a head cannot be computed by the kernels, or None."""
-    if view.dtype not in _DTYPES:
+    if view.dtype not in DTYPES:
         return Decline(Reason.DTYPE, view.linear, str(view.dtype))
     for operand in view.operands:
         for node in operand.nodes:

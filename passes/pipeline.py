@@ -46,9 +46,8 @@ def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
     if done:
         # Views beside the paths too, such as what a tracer saved for a backward.
         erase_unused(gm.graph, list(reversed(found.views)))
-    outputs = {n for n in gm.graph.nodes if n.op == "output"}
     for site in done:
-        report.rewritten.append(Rewritten.of(site, logits_use(site.candidate.view, outputs)))
+        report.rewritten.append(Rewritten.of(site, logits_use(site.candidate.view)))
     report.declined += [Declined.of(d) for d in declines]
     if done:
         gm.graph.lint()
@@ -136,6 +135,7 @@ def _source() -> bytes:
     # Not the package's own file, which it has none of where a folder of its name beside the script hides its __init__.
     package = Path(functional_file).resolve().parent
     for folder in (root, package, package / "kernels"):
-        for path in sorted(folder.resolve().rglob("*.py")):
+        files = (p for p in folder.resolve().rglob("*") if p.suffix in (".py", ".cpp"))
+        for path in sorted(files):
             digest.update(path.read_bytes())
     return digest.digest()

@@ -138,6 +138,10 @@ class Report:
         return largest_rows(sum(r.needed_by_rows for r in self.rewritten), memory)
 
     def to_dict(self) -> dict[str, Any]:
+        """The report as plain data, which `json.dumps` takes: `graphs`, `bytes_saved` and `bytes_needed` (both in bytes, at
+        the example shapes), and lists `rewritten` and `declined` of dictionaries with the attributes of `Rewritten` and
+        `Declined`.
+        """
         return {
             "graphs": self.graphs,
             "bytes_saved": self.bytes_saved,
@@ -151,7 +155,12 @@ class Report:
             f"cce_fx: {len(self.rewritten)} loss(es) rewritten, {len(self.declined)} declined in {self.graphs} graph(s); "
             f"{human_bytes(self.bytes_saved)} saved at the example shapes"
         )
-        return "\n".join([head, *(f"  {line}" for line in (*self.rewritten, *self.declined))])
+        return "\n".join([head, *(f"  {line}" for line in (*self.rewritten, *self.declined) or (self._why_nothing(),))])
+
+    def _why_nothing(self) -> str:
+        if self.graphs == 0:
+            return "nothing was captured: Dynamo ran all of it in eager. torch.compile(model, fullgraph=True) says why"
+        return "no loss is in what was captured: it may be outside, or after a graph break (TORCH_LOGS=graph_breaks lists them)"
 
     __repr__ = __str__
 

@@ -232,10 +232,10 @@ def erase_unused(graph: Graph, nodes: list[Node]) -> None:
             graph.erase_node(node)
 
 
-def logits_use(view: LogitsView, outputs: set[Node]) -> str:
+def logits_use(view: LogitsView) -> str:
     """What still reads the logits of a view after its loss is gone."""
     alive = [n for n in view.path if n.users]
     if not alive:
         return "unused"
     readers = {u for n in alive for u in n.users if u not in view.path}
-    return "returned" if readers and all(r.op == "output" for r in readers) and outputs else "used"
+    return "returned" if readers and all(r.op == "output" for r in readers) else "used"

@@ -116,8 +116,7 @@ def _why_not(found: Trace, loss: Node) -> Decline:
         if not isinstance(node, Node):
             break
         if node in found.stops:
-            stop = found.stops[node]
-            return Decline(stop.reason, stop.node, stop.detail)
+            return found.stops[node]
         if value_of(node) is None:
             return Decline(Reason.NO_META, node)
         sources = [n for n in node.all_input_nodes if n in found.views or n in found.stops]

@@ -33,7 +33,9 @@ class Reason(enum.Enum):
     MUTATED = "hidden, weight, bias or logits are changed in place between the linear layer and the loss"
     HOOK = "a hook or retained gradient watches the logits"
     DTYPE = "the head's dtype is not float32, float64, bfloat16 or float16"
-    SUBCLASS = "hidden or weight is not a plain dense tensor, or divided among processes in a way that is not understood"
+    SUBCLASS = (
+        "hidden or weight is not a plain dense tensor, or divided among processes in a way that is not understood"
+    )
     SMALL = "the logits are too small to be worth it"
     NO_META = "the shapes in the graph are not known; pass example inputs"
     USED = "the logits are needed for something else as well, so leaving them out of this saves nothing"

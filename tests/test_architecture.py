@@ -14,7 +14,14 @@ ROOT = Path(__file__).parent.parent
 # What a file of each folder may import of the project: the folder's own modules, and these.
 ALLOWED = {
     "kernels": {"cce_fx.kernels"},
-    "passes": {"cce_fx.passes", "cce_fx.functional", "cce_fx.distributed", "cce_fx.kernels.spec", "cce_fx._torch", "cce_fx._version"},
+    "passes": {
+        "cce_fx.passes",
+        "cce_fx.functional",
+        "cce_fx.distributed",
+        "cce_fx.kernels.spec",
+        "cce_fx._torch",
+        "cce_fx._version",
+    },
 }
 FILES = [p for folder in ALLOWED for p in sorted((ROOT / folder).rglob("*.py"))]
 
@@ -51,6 +58,16 @@ def test_the_picture_names_what_is_there() -> None:
     assert len(names) >= 9
     missing = [n for n in names if not any(list(ROOT.glob(place)) for place in (n, f"passes/{n}"))]
     assert not missing
+
+
+def test_the_map_of_contributing_names_what_is_there_and_every_folder() -> None:
+    table = (ROOT / "CONTRIBUTING.md").read_text().split("## Where things are")[1].split("\n## ")[0]
+    names = re.findall(r"`([\w./]+/[\w./]*)`", table)
+    assert len(names) > 20
+    assert [n for n in names if not (ROOT / n).exists()] == []
+    folders = {p.parent for folder in ("cce_fx", "passes", "kernels") for p in (ROOT / folder).rglob("*.py")}
+    tops = {str(p.relative_to(ROOT)) + "/" for p in folders} - {"cce_fx/", "passes/"}
+    assert [f for f in tops if f not in names and f"cce_fx/{f}" not in names] == []
 
 
 def test_no_file_is_long() -> None:

@@ -119,8 +119,11 @@ def test_reset_compiles_again_and_gives_the_same() -> None:
         assert torch.equal(a, b)
 
 
-def test_the_version_is_part_of_the_key(tmp_path: Path) -> None:
-    """The digest in every key is of the sources, the version's file among them."""
+@pytest.mark.parametrize(
+    "file", ["cce_fx/_version.py", "passes/rules/loss.py", "kernels/tiled.py", "kernels/native.cpp"]
+)
+def test_version_and_sources_are_part_of_the_key(tmp_path: Path, file: str) -> None:
+    """The digest in every key is of the sources, those in other languages too, and the version's file among them."""
     for folder in ("cce_fx", "passes", "kernels"):
         shutil.copytree(ROOT / folder, tmp_path / folder, symlinks=True)
     code = (
@@ -135,7 +138,8 @@ def test_the_version_is_part_of_the_key(tmp_path: Path) -> None:
         return found
 
     assert digest() == source_digest()
-    (tmp_path / "cce_fx" / "_version.py").write_text('__version__ = "99.0"\n')
+    with (tmp_path / file).open("a") as source:
+        source.write('\n__version__ = "99.0"\n' if file.endswith(".py") else "\n// changed\n")
     assert digest() != source_digest()
 
 

@@ -139,3 +139,15 @@ def test_recommender_needs_less_memory(tmp_path):
     summary = json.loads((tmp_path / "out" / "recommender.json").read_text())
     assert summary["cce"]["largest_difference"] < 1e-3
     assert summary["cce"]["peak_above_own_bytes"] < summary["eager"]["peak_above_own_bytes"]
+
+
+def test_custom_pipeline_rewrites_and_declines(tmp_path):
+    text = run(tmp_path, "custom_pipeline.py")
+    assert text.count("1 loss(es) rewritten, 0 declined") == 2  # one on the graph, one through a rule
+    assert "1 loss cut" in text  # inside inductor
+    assert "declined: watermarked logits are not the head's" in text
+
+
+def test_every_example_is_run_here():
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert [p.name for p in EXAMPLES.glob("*.py") if f'"{p.name}"' not in text.split("def test_train_lm", 1)[1]] == []

@@ -51,6 +51,14 @@ def test_a_decline_names_the_operation_and_what_to_change() -> None:
     assert "rule" in declined.advice and declined.advice in str(declined)
 
 
+def test_a_report_without_a_loss_says_where_to_look() -> None:
+    in_eager = torch.compiler.disable(good)
+    report = cce_fx.explain(lambda h, w, y: in_eager(h, w, y), *tensors())
+    assert report.graphs == 0 and "torch.compile(model, fullgraph=True) says why" in str(report)
+    report = cce_fx.explain(lambda h: h * 2, torch.randn(3))
+    assert report.graphs == 1 and "TORCH_LOGS=graph_breaks" in str(report)
+
+
 def test_every_reason_has_advice() -> None:
     assert set(ADVICE) == set(Reason)
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from typing import Any
@@ -164,11 +165,13 @@ def is_refused(call: dict[str, Any]) -> bool:
     cw = call.get("class_weight")
     return (
         len(types) > 1
+        or not call["hidden"].is_floating_point()
         or call["target"].dtype != torch.int64
         or call["target"].shape != call["hidden"].shape[:-1]
         or (cw is not None and cw.requires_grad)
         or not 0 <= call["label_smoothing"] <= 1
         or (call["softcap"] is not None and not call["softcap"] > 0)
+        or not math.isfinite(call["scale"])
         or call["strategy"] == "best"
         or call["workspace"] in (0, -5, 2.5)
         or call["filter_eps"] is not None

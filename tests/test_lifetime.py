@@ -146,28 +146,38 @@ from tests.test_lifetime import D, ROWS, V, Model
 
 torch.set_num_threads(1)  # OpenMP does not survive a fork after its threads were started
 
-def step(compiled=None):
+def step(backend="cce"):
     model = Model()
-    compiled = compiled or torch.compile(model, backend="cce", options={{"inner": "aot_eager"}})
+    options = {{"inner": "aot_eager"}} if backend == "cce" else None
     gen = torch.Generator().manual_seed(1)
     x, y = torch.randn(ROWS, D, generator=gen), torch.randint(V, (ROWS,), generator=gen)
-    loss, z = compiled(x, y)
+    loss, z = torch.compile(model, backend=backend, options=options)(x, y)
     loss.backward()
-    return float(loss), float(z.sum()), type(z).__name__
+    return float(loss.detach()), float(z.detach().sum()), type(z).__name__
 
-def tell(queue):
-    queue.put(step())
+def tell(queue, backend):
+    try:
+        queue.put(step(backend))
+    except RuntimeError as error:
+        queue.put(str(error))
+
+def child(kind, backend="cce"):
+    context = multiprocessing.get_context(kind)
+    queue = context.Queue()
+    process = context.Process(target=tell, args=(queue, backend))
+    process.start()
+    found = queue.get(timeout=300)
+    process.join()
+    assert process.exitcode == 0, kind
+    return found
 
 if __name__ == "__main__":
+    forked, spawned = child("fork"), child("spawn")
     here = step()
-    for kind in ("fork", "spawn"):
-        context = multiprocessing.get_context(kind)
-        queue = context.Queue()
-        child = context.Process(target=tell, args=(queue,))
-        child.start()
-        assert queue.get(timeout=200) == here, kind
-        child.join()
-        assert child.exitcode == 0, kind
+    assert forked == spawned == here, (forked, spawned, here)
+    # torch built for CUDA refuses every backend a backward in a fork of a process that ran a compiled one.
+    plain, ours = child("fork", "aot_eager"), child("fork")
+    assert "fork" in ours if isinstance(plain, str) and "fork" in plain else ours == here, (plain, ours)
     print("agreed", here)
 """
 
@@ -176,8 +186,16 @@ def test_fork_and_spawn(tmp_path: Path) -> None:
     script = tmp_path / "processes.py"
     script.write_text(PROCESSES.format(root=str(Path(__file__).parent.parent)))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env, timeout=400)
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "agreed" in done.stdout and "LazyLogits" in done.stdout, done.stderr
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """SIGINT interrupts, though a process that a shell started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, module: Any, call: int) -> None:
@@ -198,7 +216,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, module: Any, call: int) -> None
     ("strategy", "module"), [("grads_in_forward", held), ("recompute", sweeps)], ids=["held", "recompute"]
 )
 def test_an_interrupt_inside_the_kernel(
-    monkeypatch: pytest.MonkeyPatch, no_gc: None, strategy: str, module: Any, call: int
+    monkeypatch: pytest.MonkeyPatch, no_gc: None, ctrl_c: None, strategy: str, module: Any, call: int
 ) -> None:
     gen = torch.Generator().manual_seed(0)
     h, w = (torch.randn(*s, generator=gen).requires_grad_() for s in ((ROWS, D), (V, D)))
@@ -221,7 +239,7 @@ def test_an_interrupt_inside_the_kernel(
         assert torch.equal(a, b)
 
 
-def test_an_interrupt_while_logits_are_read(made: Any) -> None:
+def test_an_interrupt_while_logits_are_read(made: Any, ctrl_c: None) -> None:
     model, compiled, x, y = made
     _, z = compiled(x, y)
     run, count = z.chain.run.forward, [0]

@@ -43,6 +43,13 @@ class Layout:
         """Of a sum over all rows, of which each process has its own rows' part."""
         return [Partial() if m in self.rows else Replicate() for m in range(self.mesh.ndim)]
 
+    def shard(self, classes: int) -> VocabShard | None:
+        """This process's classes, divided as torch.chunk divides, which is DTensor's rule; None where it has all of them."""
+        if self.vocab is None:
+            return None
+        size, rank = -(-classes // self.mesh.size(self.vocab)), self.mesh.get_local_rank(self.vocab)
+        return VocabShard((self.mesh, self.vocab), min(size * rank, classes), classes)
+
 
 def layout_of(hidden: Any, weight: Any, transposed: bool = False) -> Layout | str:
     """The layout of a hidden state (..., D) and a weight (V, D), or (D, V) if transposed; or why it is not understood."""
@@ -83,8 +90,8 @@ def sharded_loss(
     """The loss of a head of DTensors: () for "mean" and "sum", `Partial` over the dimensions that divide rows; else as target.
 
     `reduce_hidden` says whether d_hidden is summed over the vocabulary here; else it is handed on as `Partial`, which the
-    operation before hidden has to take. `needs` as `KernelSpec`; gradients can be made in the forward only where the vocabulary is whole. Raises ValueError for a
-    layout that is not understood.
+    operation before hidden has to take. `needs` as `KernelSpec`; gradients can be made in the forward only where the
+    vocabulary is whole. Raises ValueError for a layout that is not understood.
     """
     layout = layout_of(hidden, weight)
     if isinstance(layout, str):
@@ -94,16 +101,14 @@ def sharded_loss(
         hidden = hidden.redistribute(mesh, hidden.placements)
     local_hidden = hidden.to_local(grad_placements=layout.grad_of_hidden(hidden.placements))
     local_weight, local_bias = (
-        None if t is None else t.redistribute(mesh, layout.of_weight()).to_local(grad_placements=layout.grad_of_weight())
+        None
+        if t is None
+        else t.redistribute(mesh, layout.of_weight()).to_local(grad_placements=layout.grad_of_weight())
         for t in (weight, bias)
     )
     local_target = _local(target, mesh, list(hidden.placements))
     whole_class_weight = None if class_weight is None else _local(class_weight, mesh, [Replicate()] * mesh.ndim)
-    shard = None
-    if layout.vocab is not None:
-        # As torch.chunk divides, which is DTensor's rule.
-        size, rank = -(-weight.shape[0] // mesh.size(layout.vocab)), mesh.get_local_rank(layout.vocab)
-        shard = VocabShard((mesh, layout.vocab), min(size * rank, weight.shape[0]), weight.shape[0])
+    shard = layout.shard(weight.shape[0])
     division = Divided(shard, tuple((mesh, m) for m in layout.rows), reduce_hidden=False)
     loss = LossSpec(reduction, ignore_index, label_smoothing, Epilogue(scale, softcap, post_scale))
     kernel = KernelSpec(None if needs is None or shard else Needs(*needs), autocast=False, workspace=workspace)

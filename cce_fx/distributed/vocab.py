@@ -22,7 +22,9 @@ from ..op import statistics_dtype
 from .agree import agree
 from .op import shard_problem
 
-Group = Any  # what functional collectives take: a ProcessGroup, a DeviceMesh of one dimension, or (DeviceMesh, dimension)
+Group = (
+    Any  # what functional collectives take: a ProcessGroup, a DeviceMesh of one dimension, or (DeviceMesh, dimension)
+)
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,15 @@ class _Statistics(torch.autograd.Function):
         if nll is None and lse is None and smooth is None:
             return (None,) * 8
         made = torch.ops.cce.linear_cross_entropy_shard_backward.default(
-            *head, *ctx.rest, ctx.shard.start, ctx.shard.classes, *norm, nll, lse, smooth if ctx.rest[2] else None, *needs
+            *head,
+            *ctx.rest,
+            ctx.shard.start,
+            ctx.shard.classes,
+            *norm,
+            nll,
+            lse,
+            smooth if ctx.rest[2] else None,
+            *needs,
         )
         if needs.hidden and ctx.reduce_hidden:
             made = (_waited(funcol.all_reduce(made[0], "sum", ctx.shard.group)), *made[1:])

@@ -16,6 +16,8 @@ from ..values import Form, LogitsView, Operand, Reason, same, value_of
 from .heads import low_rank
 from .pick import one_hot_target
 
+_SMALLEST = 1e-30  # factor of logits; float32 holds it and its inverse
+
 
 @rule(*CASTS)
 def cast(call: Call) -> Outcome:
@@ -60,12 +62,13 @@ def detached(view: LogitsView) -> LogitsView:
 def _scaled(call: Call, view: LogitsView, factor: float) -> Outcome:
     if view.form is not Form.LOGITS:
         return call.decline(Reason.NO_RULE, "probabilities are scaled before the loss")
-    if factor == 0 or not math.isfinite(factor):
-        return call.decline(Reason.OPTION, f"logits are scaled by {factor}")
     e = view.epilogue
-    if e.softcap is None:
-        return view.at(call.node, epilogue=replace(e, scale=e.scale * factor))
-    return view.at(call.node, epilogue=replace(e, post_scale=e.post_scale * factor))
+    name = "scale" if e.softcap is None else "post_scale"
+    product = getattr(e, name) * factor
+    # One product of two factors is not their product in turn where one of those leaves float32's range.
+    if not all(_SMALLEST < abs(number) < 1 / _SMALLEST for number in (factor, product)):
+        return call.decline(Reason.OPTION, f"logits are scaled by {factor}")
+    return view.at(call.node, epilogue=replace(e, **{name: product}))
 
 
 @rule("mul")

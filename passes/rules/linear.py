@@ -36,7 +36,9 @@ def _head(
     size = value_of(hidden).shape[-1] if size is None else size
     if not isinstance(size, int) or not isinstance(result.shape[class_dim], int) or not result.shape[class_dim]:
         return None
-    if not _multiplies(call.node, result.dtype, {value_of(n).dtype for n in (hidden, weight.node, bias) if n is not None}):
+    if not _multiplies(
+        call.node, result.dtype, {value_of(n).dtype for n in (hidden, weight.node, bias) if n is not None}
+    ):
         return None
     return LogitsView(
         linear=call.node,
@@ -76,9 +78,6 @@ def _under_autocast(node: Node) -> bool:
     if entered:
         return Call(entered[-1], {}).arg(2, "enabled", True) is not False
     return torch.is_autocast_enabled(value_of(node).device.type)
-
-
-_TRANSPOSES = {"t", "transpose", "permute", "T", "mT", "getattr"}
 
 
 def transposed(node: Node) -> Operand:

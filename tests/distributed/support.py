@@ -117,7 +117,9 @@ class Graphs:
 
             return compile_graph
 
-        made = aot_autograd(fw_compiler=keep(self.forward), bw_compiler=keep(self.backward), keep_inference_input_mutations=True)
+        made = aot_autograd(
+            fw_compiler=keep(self.forward), bw_compiler=keep(self.backward), keep_inference_input_mutations=True
+        )
         return made(gm, inputs)
 
     @property

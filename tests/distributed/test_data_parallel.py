@@ -35,7 +35,9 @@ def _step(rank: int, order: str, steps: int) -> None:
     graphs = Graphs()
     counters.clear()
     if order == "DDP around compiled":
-        run = DistributedDataParallel(torch.compile(model, backend="cce", options=graphs.options), bucket_cap_mb=SMALL_BUCKET)
+        run = DistributedDataParallel(
+            torch.compile(model, backend="cce", options=graphs.options), bucket_cap_mb=SMALL_BUCKET
+        )
         no_sync = run.no_sync
     else:
         wrapped = DistributedDataParallel(model, bucket_cap_mb=SMALL_BUCKET)

@@ -57,7 +57,9 @@ def data(vocab: int = VOCAB) -> tuple[Tensor, Tensor]:
 PLANS: dict[str, Callable[[], dict[str, Any]]] = {
     "replicated": lambda: {"head": ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)},
     "sequence": lambda: {
-        "trunk": PrepareModuleOutput(output_layouts=Replicate(), desired_output_layouts=Shard(1), use_local_output=False),
+        "trunk": PrepareModuleOutput(
+            output_layouts=Replicate(), desired_output_layouts=Shard(1), use_local_output=False
+        ),
         "norm": SequenceParallel(),
         "head": ColwiseParallel(input_layouts=Shard(1), output_layouts=Shard(-1), use_local_output=False),
     },
@@ -204,7 +206,9 @@ def plain_step(how: dict[str, Any]) -> None:
     )
 
 
-@pytest.mark.parametrize("how", [{}, {"reduction": "none", "softcap": 5.0}, {"label_smoothing": 0.1, "reduction": "sum"}], ids=str)
+@pytest.mark.parametrize(
+    "how", [{}, {"reduction": "none", "softcap": 5.0}, {"label_smoothing": 0.1, "reduction": "sum"}], ids=str
+)
 def test_plain_shards_of_a_padded_vocabulary(two: Workers, how: dict[str, Any]) -> None:
     two.run(plain_step, how)
 
@@ -259,7 +263,9 @@ def test_options_that_differ_are_an_error_in_both(two: Workers) -> None:
 def dies_in_the_middle() -> None:
     hidden, weight = torch.randn(ROWS, WIDTH, requires_grad=True), torch.randn(VOCAB, WIDTH)
     target = torch.zeros(ROWS, dtype=torch.int64)
-    value = distributed.linear_cross_entropy(hidden, weight, target, vocab_group=dist.group.WORLD, start=0, classes=VOCAB)
+    value = distributed.linear_cross_entropy(
+        hidden, weight, target, vocab_group=dist.group.WORLD, start=0, classes=VOCAB
+    )
     if dist.get_rank() == 1:
         os._exit(9)
     value.backward()

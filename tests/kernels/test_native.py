@@ -109,7 +109,7 @@ def test_without_a_compiler_torch_operations_serve(monkeypatch):
     monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", missing)
     native._load.cache_clear()
     try:
-        with forced(), mock.patch.object(native.log, "info") as said:
+        with forced(), mock.patch.object(native._log, "info") as said:
             assert isinstance(native.elementwise(small()), Torch)
         assert "no compiler" in str(said.call_args)
     finally:
