@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .combine import statistics_dtype
 from .spec import Problem
 
 
@@ -25,7 +26,10 @@ class Dropped:
 
     def bound(self, problem: Problem) -> tuple[Tensor, Tensor]:
         """Bounds on the error of each row of d_hidden (N,) and of d_weight (V,), in the Euclidean norm."""
-        dtype = self.rows.dtype
-        longest_w = torch.linalg.vector_norm(problem.weight, dim=1, dtype=dtype).amax()
-        longest_h = torch.linalg.vector_norm(problem.hidden, dim=1, dtype=dtype).amax()
+        longest_w, longest_h = (_longest_row(t).to(self.rows.dtype) for t in (problem.weight, problem.hidden))
         return self.times * self.rows * longest_w, self.times * self.columns * longest_h
+
+
+def _longest_row(values: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(values, dim=1, dtype=statistics_dtype(values.dtype))
+    return lengths.amax() if len(lengths) else lengths.new_zeros(())

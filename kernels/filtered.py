@@ -36,19 +36,24 @@ from .spec import Grads, Problem
 from .sweeps import accumulate, summed
 from .tile import Head, Sums
 
-_GATHERED = 1 << 19  # elements of the weight that are copied next to each other at a time: they stay in the cache
 MASSES = 16 * LEVELS  # elements for each row: the sums of levels, by pieces of a tile
-_TAILS = 16  # blocks whose tails are added to the weight's gradient in one product
 
 
-def reserved(problem: Problem, elements: int) -> int:
-    """Of a workspace of `elements`, those that blocks with a filter hold beside their tiles."""
+@dataclass(frozen=True)
+class Room:
+    """What blocks with a filter hold beside their tiles."""
+
+    gathered: int  # rows of the weight that are copied next to each other at a time
+    tails: int  # blocks whose tails are added to the gradients in one pass
+    elements: int
+
+
+def room_of(problem: Problem, elements: int) -> Room:
+    """A part of a workspace of `elements`; the copies stay in the cache."""
     classes, width = problem.weight.shape
-    return max(_GATHERED, 64 * width) + classes * (6 + 2 * tails_at_once(problem, elements))
-
-
-def tails_at_once(problem: Problem, elements: int) -> int:
-    return max(1, min(_TAILS, elements // 32 // problem.weight.shape[0]))
+    gathered = min(classes, max(min(1 << 19, elements // 8) // max(width, 1), 64))
+    tails = max(1, min(16, elements // 32 // classes))
+    return Room(gathered, tails, gathered * width + classes * (10 + 2 * tails))
 
 
 _Add = Callable[[Tensor | None, Tensor, Tensor, int], None]
@@ -66,12 +71,12 @@ class Choice:
 class Tails:
     """The rank-one parts of several blocks, which share one pass over the weight and its gradient."""
 
-    def __init__(self, problem: Problem, head: Head, out: Grads, elements: int) -> None:
-        self.head, self.out = head, out
+    def __init__(self, problem: Problem, head: Head, out: Grads, room: Room) -> None:
+        self.head, self.out, self.room = head, out, room
         self.blocks: list[tuple[slice | Tensor, Tensor, Tensor]] = []  # rows, mass (R,), mass times hidden (D,)
         options = {"dtype": head.dtype, "device": problem.hidden.device}
         n, classes = problem.hidden.shape[0], problem.weight.shape[0]
-        self.means = torch.empty(2, tails_at_once(problem, elements), classes, **options)
+        self.means = torch.empty(2, room.tails, classes, **options)
         self.dropped = Dropped(torch.zeros(n, **options), torch.zeros(classes, **options), times=2)
 
     def add(self, rows: slice | Tensor, for_hidden: Choice, for_weight: Choice, hidden: Tensor) -> None:
@@ -96,7 +101,7 @@ class Tails:
     def _mean_weights(self, means: Tensor) -> Tensor:
         """means (k, V) @ weight (V, D)."""
         head, total = self.head, None
-        for start, stop in spans(head.classes, max(_GATHERED // head.weight.shape[1], 64)):
+        for start, stop in spans(head.classes, self.room.gathered):
             part = torch.mm(means[:, start:stop], head.columns(start, stop))
             total = part if total is None else total.add_(part)
         return total
@@ -110,9 +115,8 @@ class Filtered(Exact):
     ) -> None:
         super().__init__(problem, rows, c, head, out, block)
         self.eps, self.tails = problem.filter_eps, tails
-        width = problem.weight.shape[1]
-        self.step = max(_GATHERED // width, 64)
-        self.buffer = self.hidden.new_empty(self.step * width)
+        self.step = tails.room.gathered
+        self.buffer = self.hidden.new_empty(self.step * problem.weight.shape[1])
         self.fresh = True
 
     def _sum_hidden(self, number: int, weight: Tensor) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .block import Block, Exact, scales_tiles
 from .dropped import Dropped
-from .filtered import MASSES, Filtered, Tails, reserved
+from .filtered import MASSES, Filtered, Tails, room_of
 from .plan import FEWEST_HELD_ROWS, ROW_STEP, Plan, held_columns, spans, step_down
 from .rows import Coefficients, Rows
 from .spec import Grads, Problem
@@ -38,8 +38,9 @@ def held(
     bias = bias_sum(out.bias, head)
     tails = None
     if problem.filter_eps is not None and bool(c.prob.isfinite().all()):
-        tails = Tails(problem, head, out, plan.elements)
-        plan = replace(plan, elements=plan.elements - reserved(problem, plan.elements), per_row=plan.per_row + MASSES)
+        room = room_of(problem, plan.elements)
+        tails = Tails(problem, head, out, room)
+        plan = replace(plan, elements=plan.elements - room.elements, per_row=plan.per_row + MASSES)
     elif out.weight is not None and not scales_tiles(problem):  # rows of hidden, scaled anew for each tile
         plan = replace(plan, per_row=plan.per_row + problem.hidden.shape[1])
     make = Exact if tails is None else partial(Filtered, tails=tails)
