@@ -12,6 +12,7 @@ COMMANDS = {
     "cluster": "the head and its loss in a large training run, by arithmetic",
     "report": "markdown tables and pictures from what peers, scaling and overhead wrote",
     "kernel": "the CPU kernel alone beside the bare matrix products",
+    "filtered": "the bounded filter on a trained model",
     "step": "a whole training step of a Llama",
     "memory_timeline": "what holds memory over one training step, as a picture",
     "quality": "whether training goes as in eager",

@@ -187,7 +187,7 @@ def linear_cross_entropy(
     post_scale: float = 1.0,
     strategy: Literal["auto", "grads_in_forward", "recompute"] = "auto",
     workspace: int | None = None,
-    filter_eps: float | None = None,
+    filter_eps: float | Literal["auto"] | None = None,
 ) -> Tensor:
     """`F.cross_entropy(post_scale * cap(scale * F.linear(hidden, weight, bias)), target)` without the logits.
 
@@ -206,8 +206,9 @@ def linear_cross_entropy(
         strategy: "grads_in_forward" makes the gradients while the tiles of logits are at hand (scalar reductions);
             "recompute" makes the tiles again in the backward; "auto" chooses.
         workspace: bytes the kernel may hold beyond its results; None is the kernel's default.
-        filter_eps: None is exact; otherwise tiles of the backward whose probabilities all lie below it are left out (GPU
-            only; ValueError elsewhere).
+        filter_eps: None is exact; otherwise the largest part of a row's softmax that the gradients may replace by an
+            estimate, in [0, 1): classes that carry less in a block of rows are left out of their products. "auto" keeps
+            the bound on the error below the rounding of the dtype. Where the logits are made again it may go unused.
 
     Returns:
         float32 (float64 for float64 inputs): () for "mean" and "sum", the shape of target for "none".
@@ -237,11 +238,28 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and makes_grads_in_forward(strategy, reduction, low):
         found = Needs(*(t is not None and t.requires_grad for t in (hidden, weight, bias)))
         needs = found if any(found) else None
-    kernel = KernelSpec(needs, autocast=True, workspace=workspace, filter_eps=filter_eps)
+    kernel = KernelSpec(needs, autocast=True, workspace=workspace, filter_eps=filter_bound(filter_eps, low))
     rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     dtype = statistics_dtype(hidden.dtype)
     out = site_loss(rows, weight, bias, target.reshape(-1), class_weight, weight.shape[0], dtype, loss, kernel)
     return out.view(target.shape) if reduction == "none" else out
+
+
+def filter_bound(filter_eps: float | Literal["auto"] | None, dtype: torch.dtype) -> float | None:
+    """What a kernel is told of the option for a head in `dtype`. Raises ValueError for a value outside its range."""
+    if filter_eps == "auto":
+        return (
+            torch.finfo(dtype).eps / 4
+        )  # as much again is put in the place of what is left out; rounding is half of eps
+    if not is_filter(filter_eps):
+        raise ValueError(f"filter_eps is None, 'auto' or a number in [0, 1), not {filter_eps!r}")
+    return filter_eps
+
+
+def is_filter(filter_eps: object) -> bool:
+    if filter_eps is None or filter_eps == "auto":
+        return True
+    return isinstance(filter_eps, (int, float)) and not isinstance(filter_eps, bool) and 0 <= filter_eps < 1
 
 
 def makes_grads_in_forward(strategy: str, reduction: str, dtype: torch.dtype) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from .functional import is_filter
 from .passes.decide import Policy
 
 _CHOICES = {
@@ -22,8 +23,8 @@ class Options:
     Attributes:
         logits: "lazy" hands out `LazyLogits` for logits that the program returns and that nothing else in the graph
             reads; "keep" computes them as before.
-        filter_eps: None is exact; otherwise tiles of the backward whose probabilities all lie below it are left out (GPU
-            only; ValueError elsewhere).
+        filter_eps: None is exact; otherwise the largest part of a row's softmax that the gradients may replace by an
+            estimate, in [0, 1), or "auto"; see `cce_fx.linear_cross_entropy`.
         strategy: "grads_in_forward", "recompute", or "auto".
         workspace: bytes that a kernel may hold beyond its results; None is the kernel's default.
         inner: the backend that compiles the rewritten graph: "inductor", any other name that `torch.compile` knows,
@@ -36,7 +37,7 @@ class Options:
     """
 
     logits: Literal["lazy", "keep"] = "lazy"
-    filter_eps: float | None = None
+    filter_eps: float | Literal["auto"] | None = None
     strategy: Literal["auto", "grads_in_forward", "recompute"] = "auto"
     workspace: int | None = None
     inner: str | Callable[..., Any] = "inductor"
@@ -52,9 +53,7 @@ class Options:
                 )
         _expect("workspace", self.workspace, "a positive number of bytes or None", _is_count(self.workspace, 1))
         _expect("min_vocab", self.min_vocab, "a number of classes or None", _is_count(self.min_vocab, 0))
-        number = isinstance(self.filter_eps, (int, float)) and not isinstance(self.filter_eps, bool)
-        good = self.filter_eps is None or (number and 0 <= self.filter_eps < 1)
-        _expect("filter_eps", self.filter_eps, "None or a probability in [0, 1)", good)
+        _expect("filter_eps", self.filter_eps, "None, 'auto' or a number in [0, 1)", is_filter(self.filter_eps))
         _expect("strict", self.strict, "True or False", isinstance(self.strict, bool))
         good = callable(self.inner) or isinstance(self.inner, str)
         _expect("inner", self.inner, "a backend's name or a callable (gm, example_inputs) -> callable", good)

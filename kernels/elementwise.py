@@ -21,8 +21,14 @@ def exp_(x: Tensor) -> Tensor:
     return F.threshold_(x.clamp_min_(argument).exp_(), value, 0.0)
 
 
+# Powers of the square root of two, nearly, by which numbers up to one are told apart, down to 1.5 * 2^-32.
+LEVELS = 64
+_ONE = 254  # the exponent of 1.0 and the first bit of its mantissa
+_SLICE = 256  # columns
+
+
 class Elementwise(Protocol):
-    """The two walks over a tile that kernels make. Tiles are contiguous, everything in the accumulation dtype."""
+    """The walks over a tile that kernels make. Tiles are contiguous, everything in the accumulation dtype."""
 
     def exp_sums(
         self,
@@ -37,6 +43,16 @@ class Elementwise(Protocol):
 
     def probabilities(self, tile: Tensor, highest: Tensor, factor: Tensor) -> None:
         """tile (C, R) = exp(tile - highest (R,)) * factor (R,)."""
+
+    def levels(self, tile: Tensor, factor: Tensor, levels: Tensor, sums: Tensor, mass: Tensor) -> None:
+        """Sort the columns of p = tile (C, R) * factor (R,), all in [0, 1], by their mean.
+
+        levels (C,) uint8 becomes 0 where it was not 0, and else how many factors of about sqrt(2) the mean is below one,
+        at most LEVELS - 1. sums (C,) = sum_i p_ci. mass (LEVELS, R) += p of the columns of each level.
+        """
+
+    def keep(self, tile: Tensor, index: Tensor, factor: Tensor) -> Tensor:
+        """The beginning of the tile (C, R), which becomes columns `index` (K,), ascending, times factor (R,)."""
 
 
 class Torch:
@@ -58,3 +74,17 @@ class Torch:
 
     def probabilities(self, tile: Tensor, highest: Tensor, factor: Tensor) -> None:
         exp_(tile.sub_(highest)).mul_(factor)
+
+    def levels(self, tile: Tensor, factor: Tensor, levels: Tensor, sums: Tensor, mass: Tensor) -> None:
+        for start in range(0, tile.shape[0], _SLICE):
+            p, level = tile[start : start + _SLICE] * factor, levels[start : start + _SLICE]
+            mean = torch.sum(p, 1, out=sums[start : start + _SLICE]) / p.shape[1]
+            bits = mean.float().view(torch.int32) >> 22
+            level.copy_((_ONE - bits).clamp_(0, LEVELS - 1).masked_fill_(level != 0, 0))
+            mass.index_add_(0, level.long(), p)
+
+    def keep(self, tile: Tensor, index: Tensor, factor: Tensor) -> Tensor:
+        for start in range(0, len(index), _SLICE):  # a column never moves to a place that is still to be read
+            chosen = index[start : start + _SLICE]
+            tile[start : start + len(chosen)] = tile.index_select(0, chosen).mul_(factor)
+        return tile[: len(index)]

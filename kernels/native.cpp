@@ -125,6 +125,36 @@ void add_pieces(const float* scratch, int64_t pieces, int64_t rows, float* out) 
     for (int64_t j = 0; j < rows; ++j) out[j] += scratch[piece * 2 * rows + j];
 }
 
+constexpr int32_t kLevels = 64;
+constexpr int32_t kOne = 254;  // the exponent of 1.0 and the first bit of its mantissa
+
+INLINE float sum_of(Floats values) {
+  float lanes[kLanes];
+  std::memcpy(lanes, &values, sizeof lanes);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
+  return lanes[0];
+}
+
+// One column of p = values * factor: its sum, its level, and p added to its level's row of mass.
+INLINE void level_of(const float* values, int64_t rows, const float* factor, uint8_t* level, float* sum, float* mass) {
+  Floats sums = {};
+  each_vector(rows, [&](int64_t j, auto get, auto) __attribute__((always_inline)) {
+    sums += get(values + j) * get(factor + j);
+  });
+  *sum = sum_of(sums);
+  const float mean = *sum / rows;
+  int32_t bits;
+  std::memcpy(&bits, &mean, sizeof bits);
+  int32_t found = *level ? 0 : kOne - (bits >> 22);
+  found = found < 0 ? 0 : found < kLevels ? found : kLevels - 1;
+  *level = static_cast<uint8_t>(found);
+  float* const into = mass + found * rows;
+  each_vector(rows, [&](int64_t j, auto get, auto put) __attribute__((always_inline)) {
+    put(into + j, get(into + j) + get(values + j) * get(factor + j));
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -169,6 +199,40 @@ void cce_probabilities(float* tile, int64_t columns, int64_t rows, const float* 
     each_vector(rows, [&](int64_t j, auto get, auto put) __attribute__((always_inline)) {
       put(row + j, exp_floor(get(row + j) - get(highest + j)) * get(factor + j));
     });
+  }
+}
+
+// The sum of each column of p = tile * factor, its level by their mean (0 where `levels` is not 0), and
+// mass (kLevels, rows) += p of each level. scratch holds a mass for each piece of columns.
+void cce_levels(const float* tile, int64_t columns, int64_t rows, int64_t piece, const float* factor, uint8_t* levels,
+                float* scratch, float* sums, float* mass, int32_t threads) {
+  const int64_t pieces = (columns + piece - 1) / piece;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int64_t index = 0; index < pieces; ++index) {
+    float* const part = scratch + index * kLevels * rows;
+    std::memset(part, 0, sizeof(float) * kLevels * rows);
+    const int64_t last = (index + 1) * piece < columns ? (index + 1) * piece : columns;
+    for (int64_t c = index * piece; c < last; ++c) level_of(tile + c * rows, rows, factor, levels + c, sums + c, part);
+  }
+  for (int64_t index = 0; index < pieces; ++index)
+    for (int64_t j = 0; j < kLevels * rows; ++j) mass[j] += scratch[index * kLevels * rows + j];
+}
+
+// The first `count` columns of tile = columns index[0..count), ascending, times factor. Threads share the rows, so that each
+// moves its part of the columns in their order.
+void cce_keep(float* tile, int64_t rows, const int64_t* index, int64_t count, const float* factor, int32_t threads) {
+  const int64_t vectors = (rows + kLanes - 1) / kLanes;
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+  for (int32_t part = 0; part < threads; ++part) {
+    const int64_t first = vectors * part / threads * kLanes, stop = vectors * (part + 1) / threads * kLanes;
+    const int64_t last = stop < rows ? stop : rows;
+    for (int64_t k = 0; k < count; ++k) {
+      const float* const from = tile + index[k] * rows + first;
+      float* const to = tile + k * rows + first;
+      each_vector(last - first, [&](int64_t j, auto get, auto put) __attribute__((always_inline)) {
+        put(to + j, get(from + j) * get(factor + first + j));
+      });
+    }
   }
 }
 

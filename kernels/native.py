@@ -22,6 +22,7 @@ _log = logging.getLogger("cce_fx")
 
 FEWEST_LOGITS = 1 << 24  # of a problem; compiling takes about as long as two hundred times as many entries
 _PIECE = 128  # columns that a thread takes at a time
+_LEVELS_PIECE = 512  # and where each piece has sums for every level
 _X86 = ("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()
 _FLAGS = ("-ffp-contract=fast", *_X86)
 _TORCH = Torch()
@@ -58,7 +59,11 @@ class Native:
         self._exp_sums.argtypes = [*[pointer], *[count] * 3, *[pointer] * 6, number, number]
         self._probabilities = library.cce_probabilities
         self._probabilities.argtypes = [pointer, count, count, pointer, pointer, number]
-        for function in (self._exp_sums, self._probabilities):
+        self._levels = library.cce_levels
+        self._levels.argtypes = [pointer, count, count, count, *[pointer] * 5, number]
+        self._keep = library.cce_keep
+        self._keep.argtypes = [pointer, count, pointer, count, pointer, number]
+        for function in (self._exp_sums, self._probabilities, self._levels, self._keep):
             function.restype = None
 
     def exp_sums(
@@ -76,9 +81,20 @@ class Native:
         pointers = _address(highest.contiguous()), _address(factor.contiguous())
         self._probabilities(_address(tile), columns, rows, *pointers, torch.get_num_threads())
 
+    def levels(self, tile: Tensor, factor: Tensor, levels: Tensor, sums: Tensor, mass: Tensor) -> None:
+        columns, rows = tile.shape
+        scratch = tile.new_empty(-(-columns // _LEVELS_PIECE) * mass.numel())
+        pointers = map(_address, (factor.contiguous(), levels, scratch, sums, mass))
+        self._levels(_address(tile), columns, rows, _LEVELS_PIECE, *pointers, torch.get_num_threads())
+
+    def keep(self, tile: Tensor, index: Tensor, factor: Tensor) -> Tensor:
+        pointers = _address(index), len(index), _address(factor.contiguous())
+        self._keep(_address(tile), tile.shape[1], *pointers, torch.get_num_threads())
+        return tile[: len(index)]
+
 
 def _address(values: Tensor | None) -> int | None:
     if values is None:
         return None
-    assert values.is_contiguous() and values.dtype == torch.float32
+    assert values.is_contiguous() and values.dtype in (torch.float32, torch.uint8, torch.int64)
     return values.data_ptr()

@@ -11,6 +11,7 @@ from torch import Tensor
 from .combine import combine as combine  # part of this module's interface
 from .combine import finish as finish
 from .combine import local_class_weight, log_sum_exp, mask_ignored
+from .dropped import Dropped
 from .held import held
 from .plan import make_plan
 from .rows import Rows, coefficients, select
@@ -67,22 +68,26 @@ def _finite(norm: Norm, grads: Grads) -> bool:
     return all(bool(t.sum(dtype=norm.max.dtype).isfinite()) for t in found)
 
 
-def forward_backward(problem: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
-    """Stats (N,), and the gradients of sum(grads * stats)."""
+def forward_backward(
+    problem: Problem, grads: RowGrads, needs: Needs, report: list[Dropped] | None = None
+) -> tuple[Stats, Grads]:
+    """Stats (N,), and the gradients of sum(grads * stats). `report` gets what a filter left out."""
     _check(problem)
     _whole_vocabulary(problem)
     rows = select(problem)
-    stats, found = _both(problem, rows, grads, _possible(problem, needs))
+    stats, found = _both(problem, rows, grads, _possible(problem, needs), report)
     if rows.index is None or _finite(stats.norm, found):
         return stats, found
     return stats, _both(problem, select(problem, every=True), grads, _possible(problem, needs))[1]
 
 
-def _both(problem: Problem, rows: Rows, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
+def _both(
+    problem: Problem, rows: Rows, grads: RowGrads, needs: Needs, report: list[Dropped] | None = None
+) -> tuple[Stats, Grads]:
     if not any(needs):
         return _stats(problem, rows, concatenate(sweep(problem, rows), problem)), Grads(None, None, None)
     c, out = coefficients(problem, rows, grads), new_grads(problem, rows, needs)
-    blocks = held(problem, rows, c, make_plan(problem, rows, needs), out)
+    blocks = held(problem, rows, c, make_plan(problem, rows, needs), out, report)
     done = sum(b.max.shape[0] for b in blocks)
     if done < rows.count:
         blocks += sweep(problem, rows, done)
@@ -94,8 +99,6 @@ def _both(problem: Problem, rows: Rows, grads: RowGrads, needs: Needs) -> tuple[
 
 
 def _check(problem: Problem) -> None:
-    if problem.filter_eps is not None:
-        raise ValueError("filter_eps is not supported by the tiled kernel: pass None, which is exact")
     if problem.workspace is not None and problem.workspace <= 0:
         raise ValueError(f"workspace is a positive number of bytes, or None for the default, not {problem.workspace}")
 

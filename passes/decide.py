@@ -28,7 +28,7 @@ class Policy:
     strategy: Literal["auto", "grads_in_forward", "recompute"] = "auto"
     min_vocab: int | None = None  # classes below which a head is left alone; None is max(D, 32) + 1
     workspace: int | None = None  # bytes
-    filter_eps: float | None = None
+    filter_eps: float | Literal["auto"] | None = None
     tune: bool = False  # block shapes by timing, where the kernel has a choice
 
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
 
 from .._torch import GraphAppendingTracer
-from ..functional import KernelSpec, row_statistics, site_loss, statistics_dtype, target_logit, top_class
+from ..functional import KernelSpec, filter_bound, row_statistics, site_loss, statistics_dtype, target_logit, top_class
 from ..kernels.spec import Needs
 from .decide import Policy
 from .fakes import propagate
@@ -161,7 +161,7 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
         needs=None if site.needs is None else Needs(*site.needs),
         autocast=False,  # the casts of the program are in the graph
         workspace=policy.workspace,
-        filter_eps=policy.filter_eps,
+        filter_eps=filter_bound(policy.filter_eps, view.dtype),
         tune=policy.tune,
     )
     dtype = statistics_dtype(view.dtype)

@@ -157,3 +157,11 @@ def test_memory_timeline_draws_what_a_step_holds(tmp_path: Path, capsys: pytest.
     assert [k[0] for k in found["cce"]["kernels"]] == ["cce_fx::forward_backward"]
     assert (tmp_path / "memory_timeline.png").stat().st_size > 10_000
     assert "cce: at most" in capsys.readouterr().out
+
+
+def test_filtered_program_trains_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hidden, weight = torch.randn(256, 8), torch.randn(3000, 8) * torch.linspace(1.5, 0.1, 3000)[:, None]
+    torch.save((hidden, weight, torch.randint(3000, (256,))), tmp_path / "5-3000-8.pt")
+    main(f"filtered --steps 5 --vocab 3000 --width 8 --bounds 0.2 --workspace 8 --rounds 1 --states {tmp_path}".split())
+    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| filter_eps=0.2")]
+    assert len(lines) == 1 and 0 < float(lines[0][5]) < 0.2 and 0 < float(lines[0][7]) <= 0.2

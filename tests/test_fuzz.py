@@ -86,7 +86,7 @@ def calls(draw: st.DrawFn) -> dict[str, Any]:
         "softcap": draw(good_or([None, None, 5.0], 0.0, -1.0)),
         "strategy": draw(good_or(["auto", "grads_in_forward", "recompute"], "best")),
         "workspace": draw(good_or([None, 1, 4096, 1 << 20], 0, -5, 2.5)),
-        "filter_eps": draw(good_or([None], 0.1)),
+        "filter_eps": draw(good_or([None, 0.0], 1.0, -0.1, "all")),
     }
     if draw(st.booleans()):
         found["bias"] = tensor(draw(good_or([classes], classes + 1)))
@@ -174,7 +174,7 @@ def is_refused(call: dict[str, Any]) -> bool:
         or not math.isfinite(call["scale"])
         or call["strategy"] == "best"
         or call["workspace"] in (0, -5, 2.5)
-        or call["filter_eps"] is not None
+        or call["filter_eps"] not in (None, 0.0)
     )
 
 
