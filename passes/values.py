@@ -186,6 +186,11 @@ class LogitsView:
         return self.shape[self.class_dim]
 
     @property
+    def row_shape(self) -> tuple[Any, ...]:
+        """The shape of one number a row, which targets and unreduced losses have."""
+        return (*self.shape[: self.class_dim], *self.shape[self.class_dim + 1 :])
+
+    @property
     def bias_dtype(self) -> torch.dtype:
         """What the bias is made in. A program that scales or adds up biases rounds in each logit, and never the sum."""
         steps = () if self.bias is None else self.bias.steps
