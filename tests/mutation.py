@@ -124,8 +124,8 @@ FAULTS = [
     Fault(
         "the scale after a cap comes before it",
         "passes/rules/elementwise.py",
-        "post_scale=e.post_scale * factor",
-        "scale=e.scale * factor",
+        '"scale" if e.softcap is None else "post_scale"',
+        '"scale"',
     ),
     Fault("the cap is ignored", "passes/rules/elementwise.py", "softcap=1.0))", "softcap=None))"),
     Fault("in-place changes go unseen", "passes/trace.py", "    if not written:\n        return\n", "    return\n"),
