@@ -190,14 +190,6 @@ def test_fork_and_spawn(tmp_path: Path) -> None:
     assert done.returncode == 0 and "agreed" in done.stdout and "LazyLogits" in done.stdout, done.stderr
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT interrupts, though a process that a shell started in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def interrupted(monkeypatch: pytest.MonkeyPatch, module: Any, call: int) -> None:
     """Let the `call`th product of a kernel be where Ctrl-C arrives."""
     original, count = module.accumulate, [0]
