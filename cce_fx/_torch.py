@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every private name of torch that the project uses, why, and since which torch.
 
 They are looked up when first imported from here, so that the functional interface does not load Dynamo. A name that a

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decide: what may be rewritten, and what is worth it.
 
 Legality comes first and needs nothing but the candidate. What it is worth is counted in bytes by `memory`.

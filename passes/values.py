@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data that passes between finding, deciding and rewriting.
 
 A graph is read once, forwards, and every node that is a head's logits seen through row operations and elementwise

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deliberate faults, each of which has to turn a test red: `python -m tests.mutation`.
 
 Every fault is one replacement in one file. The tests run against a copy of the repository, so the checkout stays whole.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arrows of docs/architecture.md: data goes down only."""
 
 from __future__ import annotations

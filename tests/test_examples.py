@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each example, run as a user runs it, in a short mode: it ends well, its files are there, its figures make sense."""
 
 import json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training run leaves behind: nothing, whichever way it ends."""
 
 from __future__ import annotations

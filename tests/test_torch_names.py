@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Private names of torch: each is there in this torch, and none is used that is not listed."""
 
 from __future__ import annotations

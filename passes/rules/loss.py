@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Anchors: the calls that turn logits and targets into a loss."""
 
 from __future__ import annotations
