@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """setuptools, with an sdist whose bytes depend on the sources and on SOURCE_DATE_EPOCH alone.
 
 setuptools' wheels are so already; its sdists carry the times, modes and owners of the files as they lie on the disk.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tests against every supported torch, each in an environment of its own: `nox`, `nox -s "smoke(2.11)"`, `nox -l`.
 
 `compat/torch-X.txt` says what replaces the pins of constraints.txt for one torch. A Python that is not on the machine is

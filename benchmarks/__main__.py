@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All benchmarks: `python -m benchmarks <command> --help`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every way to compute the loss of a head that a benchmark compares, as functions of hidden, weight and target."""
 
 from __future__ import annotations

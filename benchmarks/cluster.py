@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The head and its loss in a large training run, by arithmetic: memory on one device, and the share of the flops.
 
     python -m benchmarks cluster

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How long the pass itself takes, against the size of the graph: `python -m benchmarks compile_time`.
 
 Graphs of a chain of elementwise operations with one head and one loss at the end, whose nodes carry example values as

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss of a head on a real GPU, beside its peers: `python -m benchmarks gpu --help`.
 
 For each shape: first the error of loss and gradients against float64, on few rows; then time and peak memory of forward,

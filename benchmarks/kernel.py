@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of the CPU kernel alone beside the bare matrix products.
 
     python -m benchmarks kernel --shapes small,8192:1024:50257 --workspace 16

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of a call, on a CPU or a GPU."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory over one training step, by what holds it: `python -m benchmarks memory_timeline`.
 
 torch's profiler (`profile_memory=True`) reports every allocation of the CPU's allocator. Each is put down to the operator

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What cce_fx costs whatever the size of the problem: in a call, in a compilation and in an import.
 
     python -m benchmarks overhead --json out/overhead.json

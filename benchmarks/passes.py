@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One training pass of each implementation as a list of launches and matrix products, without running any of them.
 
 This project's kernels are recorded by `kernels.triton.device.record`. The peers' are recorded by putting a recorder in

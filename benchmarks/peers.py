@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Time and memory of a head's loss beside the bare matrix products and every other way to compute it.
 
     python -m benchmarks peers --shapes gpt2,tiny --rounds 5 --json out/peers.json

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of what the benchmarks measured."""
 
 from __future__ import annotations

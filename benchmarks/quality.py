@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether training goes as it does in eager: `python -m benchmarks quality --picture docs/images/training_quality.png`.
 
 The GPT of `examples/train_lm.py` is trained from one seed on the same batches. Training is chaotic: what a program rounds

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Markdown tables and pictures from the JSON files that `peers`, `scaling` and `overhead` wrote.
 
 python -m benchmarks report out/*.json --out docs/images > tables.md

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a launch costs on a machine that is not there: flops, bytes and the time of the slowest of them.
 
 Time is max(flops / peak, device memory bytes / its rate, cache bytes / its rate) and a launch. Peak rates are the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Curves of time and memory against N and against V, with the slopes of straight lines through them on log axes.
 
     python -m benchmarks scaling --json out/scaling.json --png out/scaling.png

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the compiler makes of the GPU kernels, and what a roofline says of them: `python -m benchmarks static_gpu --help`.
 
 Needs no GPU: every kernel of one training pass is compiled ahead of time for each architecture, with the arguments of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole training step of a Llama, eager, inductor and cce in one process: `python -m benchmarks step`.
 
 The model is transformers' own, unmodified, of 72 million parameters with tied embeddings at the default sizes.

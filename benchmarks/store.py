@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results on disk: one JSON file for one command, rewritten whole after every measurement, so that a stopped run is kept."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables that are shown in a terminal and written as markdown, and how their numbers are written."""
 
 from __future__ import annotations

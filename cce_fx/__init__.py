@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cut cross-entropy for unchanged PyTorch models: `torch.compile(model, backend="cce")`.
 
 The public names are gathered here and loaded when first used, so that importing the package costs next to nothing.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m cce_fx explain module:function`: what cce_fx would do to a model, without training it.
 
 `function` takes no argument and returns the model and its example inputs, `(model, x, y)`; a dictionary at the end holds

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every private name of torch that the project uses, why, and since which torch.
 
 They are looked up when first imported from here, so that the functional interface does not load Dynamo. A name that a
@@ -91,6 +92,7 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
     ("torch.nn:Module", "_forward_pre_hooks"): "the same",
     ("torch.nn:Module", "_backward_hooks"): "the same",
     ("torch.nn:Module", "_backward_pre_hooks"): "the same",
+    ("torch.distributed.tensor:DTensor", "_local_tensor"): "whether a DTensor's piece is fake",
     ("torch.fx:Node", "_erased"): "whether a node is still in its graph",
     ("torch._ops:OpOverload", "_schema"): "an operator's name and which arguments it writes to",
     ("torch._ops:OpOverloadPacket", "_qualified_op_name"): "an operator's namespace",

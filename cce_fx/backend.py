@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`backend="cce"`: rewrite the captured graph, hand it to the inner backend, and wrap what it returns.
 
 torch finds this function through the entry-point group `torch_dynamo_backends`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`explain`: what would be rewritten in a model, what not, and why."""
 
 from __future__ import annotations

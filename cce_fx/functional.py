@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses out of the operators: the same arithmetic for tensors and for the nodes of a graph under construction.
 
 `linear_cross_entropy` is the public function; `site_loss` is the arithmetic itself, which `cce_fx.passes` also runs on

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`LazyLogits`: stands in for logits that a compiled program returns and that nobody may ever read.
 
 It has the logits' shape, dtype, device and strides, and computes them when somebody looks. Operations that only move rows

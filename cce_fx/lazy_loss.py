@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A loss taken outside the compiled graph, of lazy logits: cut by the very pass that cuts it inside.
 
 The head chain, the lazy operations and the loss are written into a small fx graph, which goes through the pass. What the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which operations on `LazyLogits` stay lazy, which run block by block, and which are losses to be cut."""
 
 from __future__ import annotations

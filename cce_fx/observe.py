@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a rewrite shows: torch's counters, its structured trace and the logger `cce_fx`."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The torch.library operators `cce::*`: schema, device dispatch, fake, autograd and autocast.
 
 Two differentiable operators stand for a language-model head with its loss:

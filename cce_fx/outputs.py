@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Logits that a graph returns: cut out of the graph, and given back as `LazyLogits` after each call.
 
 The head chain (from hidden to the returned tensor) moves into a small graph of its own. The compiled graph returns hidden

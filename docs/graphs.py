@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draw one loss's graph before and after the rewrite: python docs/graphs.py [picture.svg]
 
 The graphs are Dynamo's and the backend's own, traced with fake tensors, so that nothing is computed.

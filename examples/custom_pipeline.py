@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pass in a pipeline of your own: on an fx graph, inside inductor, and with rules for your own operations.
 
 python examples/custom_pipeline.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train a small Llama with the unmodified Hugging Face Trainer, with its loss and logits handled by cce.
 
     python examples/hf_trainer.py                      under two minutes on two cores

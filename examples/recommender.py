@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A sequential recommender with half a million items and a full softmax over all of them, eager against cce.
 
     python examples/recommender.py                       500,000 items, about a minute on two cores

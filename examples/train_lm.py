@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Train a small GPT three ways (eager, torch's inductor, cce) and compare memory, time and loss.
 
     python examples/train_lm.py                      all three, about five minutes on two cores

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The likeliest class of each row, in torch operations over tiles: any device."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From per-row sums over the vocabulary to statistics, for one shard or several. Shared by every kernel."""
 
 from __future__ import annotations

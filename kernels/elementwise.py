@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is done to each entry of a tile of logits (C, R): in torch operations, and compiled where that pays (`native`)."""
 
 from __future__ import annotations

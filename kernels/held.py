@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sums and gradients in one go, while a block of rows holds its logits over the whole vocabulary: 6NDV operations.
 
 The more rows a block has, the nearer its products come to their full speed, and what a block may hold is little. So a

@@ -1,3 +1,4 @@
+// SPDX-License-Identifier: Apache-2.0
 // What is done to each entry of a tile of logits (C, R), in as few walks over memory as can be. See native.py.
 //
 // Threads share the columns, so that each reads one stretch of memory from its beginning to its end. Columns come in

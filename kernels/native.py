@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The walks of `elementwise` as compiled code, three to six times as fast as torch operations: float32 on a CPU.
 
 `native.cpp` is compiled once per machine by the C++ compiler that inductor uses, with its flags and into its cache on

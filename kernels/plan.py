@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How large the tiles are, given the bytes that may be held beyond the results."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The dense fp64 answer that every kernel is compared with. For tests only: it builds the (N, V) logits."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows are computed, and with which coefficients their logits' gradients are made."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every kernel is handed and what it returns.
 
 A kernel module (`reference`, `tiled`, `triton`) exposes

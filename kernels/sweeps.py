@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loops over tiles for the sums alone, and for the gradients where the sums are known."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is done to one tile of logits. A tile is (C, R): C columns of the vocabulary by R rows of hidden.
 
 The vocabulary comes first because the product weight[C, D] @ hidden[R, D].T is the layout that BLAS libraries run best

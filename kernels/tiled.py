@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernel in torch operations over tiles: any device, float32, float64, bfloat16, float16.
 
 Half-precision inputs are converted tile by tile; everything is accumulated in float32 and each result is rounded once.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pass: fx graphs in, fx graphs with cut cross-entropy out. See docs/architecture.md for the way through it."""
 
 from .decide import Policy

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One name for one operation, whichever way the graph spells it.
 
 `torch.Tensor.view` as a method, `aten.view.default` and `aten._unsafe_view.default` are all "view"; `operator.truediv`,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decide: what may be rewritten, and what is worth it.
 
 Legality comes first and needs nothing but the candidate. What it is worth is counted in bytes by `memory`.
@@ -73,7 +74,7 @@ def _illegal(candidate: Candidate) -> Decline | None:
         return Decline(Reason.SUBCLASS, view.linear, f"DTensor, {misplaced}")
     if candidate.result is not Result.LOSS:
         return None
-    target, rows = value_of(candidate.target), _row_shape(view)
+    target, rows = value_of(candidate.target), view.row_shape
     # Sizes that are symbols may be equal without our knowing; the operator then checks them when it runs.
     if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(target.shape, rows, strict=True)):
         return Decline(Reason.TARGET, candidate.anchor, f"targets {tuple(target.shape)} for rows {rows}")
@@ -88,14 +89,10 @@ def _is_dense(value: Any) -> bool:
     return plain and value.layout == torch.strided and not value.is_quantized and not value.is_complex()
 
 
-def _row_shape(view: LogitsView) -> tuple[Any, ...]:
-    return (*view.shape[: view.class_dim], *view.shape[view.class_dim + 1 :])
-
-
 def row_count(view: LogitsView) -> Any:
     """N, an int or a SymInt."""
     total: Any = 1
-    for size in _row_shape(view):
+    for size in view.row_shape:
         total = total * size
     return total
 

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Example values: fake tensors on every node, so that shapes, dtypes, aliasing and gradients are known."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many bytes a loss takes as it was written and as it is rewritten: sympy expressions in N, D and V.
 
 Under dynamic shapes N stays a symbol, and no guard is added.

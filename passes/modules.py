@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Modules that stand in a graph as calls, as `torch.fx.symbolic_trace` leaves them: written out, so that rules see functions."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pass: find, decide and rewrite, over a graph module; and its face for pipelines of passes."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The rules: one operation, one rule.
 
 A rule is a function `(call: Call) -> LogitsView | Candidate | Decline | None` registered under the operation's

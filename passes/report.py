@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What was done to a graph and why: the answer of `cce_fx.explain`, and one log line per loss."""
 
 from __future__ import annotations

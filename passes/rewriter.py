@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Rewrite: write one operator call for each `LossSite`, and take away what nothing reads any more."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Heads of DTensors: whether their layout is understood, and the nodes that compute their losses.
 
 `torch.distributed.tensor` is loaded where a graph holds a DTensor, and not before.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Find: read a graph once, forwards, and say which nodes are views of a head's logits and which are losses on them.
 
 Reading forwards keeps in-place changes honest: a node that writes to memory ends every view that reads the same memory,

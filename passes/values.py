@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The data that passes between finding, deciding and rewriting.
 
 A graph is read once, forwards, and every node that is a head's logits seen through row operations and elementwise
@@ -184,6 +185,11 @@ class LogitsView:
     def classes(self) -> Any:
         """V, an int or a SymInt."""
         return self.shape[self.class_dim]
+
+    @property
+    def row_shape(self) -> tuple[Any, ...]:
+        """The shape of one number a row, which targets and unreduced losses have."""
+        return (*self.shape[: self.class_dim], *self.shape[self.class_dim + 1 :])
 
     @property
     def bias_dtype(self) -> torch.dtype:

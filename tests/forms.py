@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every form of head, chain and loss that is known, by name, as source text; `docs/patterns.md` is made of it.
 
 A form is the body of a function of hidden h (B, T, D), weight W (V, D), bias b (V,), targets y (B, T) in [0, V), a second

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the tests share: running a program eager and compiled, and looking at the graphs in between."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Deliberate faults, each of which has to turn a test red: `python -m tests.mutation`.
 
 Every fault is one replacement in one file. The tests run against a copy of the repository, so the checkout stays whole.
@@ -124,8 +125,8 @@ FAULTS = [
     Fault(
         "the scale after a cap comes before it",
         "passes/rules/elementwise.py",
-        "post_scale=e.post_scale * factor",
-        "scale=e.scale * factor",
+        '"scale" if e.softcap is None else "post_scale"',
+        '"scale"',
     ),
     Fault("the cap is ignored", "passes/rules/elementwise.py", "softcap=1.0))", "softcap=None))"),
     Fault("in-place changes go unseen", "passes/trace.py", "    if not written:\n        return\n", "    return\n"),

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A generator of programs that end in a language-model loss, as source text that a failing test prints.
 
 Each program is a function `program(h, W, b, cw, y)` of hidden (B, T, D), weight (V, D), bias (V,), class weights (V,) and

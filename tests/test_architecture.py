@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arrows of docs/architecture.md: data goes down only."""
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from .mutation import FAULTS
 
 ROOT = Path(__file__).parent.parent
 # What a file of each folder may import of the project: the folder's own modules, and these.
@@ -74,6 +77,10 @@ def test_no_file_is_long() -> None:
     """A module is read in one go: 400 lines, or a reason here."""
     own = [p for folder in ("cce_fx", "passes", "kernels") for p in (ROOT / folder).rglob("*.py")]
     assert not [(p.name, n) for p in own if (n := len(p.read_text().splitlines())) > 400]
+
+
+def test_every_deliberate_fault_is_of_code_that_is_there() -> None:
+    assert [f.name for f in FAULTS if f.old not in (ROOT / f.path).read_text()] == []
 
 
 def test_importing_the_package_imports_neither_torch_nor_kernels() -> None:

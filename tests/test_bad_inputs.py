@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs that are wrong, odd or extreme: each does what it does in eager, or is refused in words.
 
 The table holds, for each input, whether eager computes something or raises; compiled by cce it must compute the same or

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The benchmark programs run, say what is missing, and write what they measured."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """torch's caches of compiled graphs: warm where nothing changed, cold where something did."""
 
 from __future__ import annotations

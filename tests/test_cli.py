@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`python -m cce_fx explain`, and what else torch's own tools are told."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The same bits in every run with the same threads, and torch's own switch for it honoured."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README and the pages: each block of code is run, each command's options exist, each table says what the code says.
 
 Python blocks of a page run from top to bottom in one scope, at their own lines. Code in a comment `<!-- setup ... -->` runs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Each example, run as a user runs it, in a short mode: it ends well, its files are there, its figures make sense."""
 
 import json
@@ -88,7 +89,7 @@ def test_train_lm_refuses_an_unknown_way(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes under /proc")
-def test_train_lm_stopped_in_the_middle_leaves_whole_files(tmp_path, cache):
+def test_train_lm_stopped_in_the_middle_leaves_whole_files(tmp_path, cache, ctrl_c):
     arguments = [*SMALL, "--steps", "100000", "--only", "eager", "--cache", cache]
     process = subprocess.Popen(
         command("train_lm.py", *arguments), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, text=True

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `explain` says, and what is left for torch's own tools."""
 
 from __future__ import annotations

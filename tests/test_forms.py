@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every form of `tests/forms.py` is rewritten without logits in any graph, or declined for the reason it names."""
 
 from __future__ import annotations

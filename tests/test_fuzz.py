@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arguments drawn at random, good and bad, for the public functions: no crash, and no wrong answer without an error.
 
 `CCE_FX_FUZZ` is how many are drawn (500); `-m slow` draws `CCE_FX_FUZZ_MANY` of them (20,000).

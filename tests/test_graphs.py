@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Graphs from every tracer, and graphs inside higher-order operators."""
 
 from __future__ import annotations

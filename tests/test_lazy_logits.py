@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Lazy logits: free until read, and then the plain tensor."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a training run leaves behind: nothing, whichever way it ends."""
 
 from __future__ import annotations
@@ -188,14 +189,6 @@ def test_fork_and_spawn(tmp_path: Path) -> None:
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=env)
     assert done.returncode == 0 and "agreed" in done.stdout and "LazyLogits" in done.stdout, done.stderr
-
-
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """SIGINT interrupts, though a process that a shell started in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, module: Any, call: int) -> None:

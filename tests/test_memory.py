@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rewritten loss holds, counted from every allocation: as predicted, and nothing twice."""
 
 from __future__ import annotations

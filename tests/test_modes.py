@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Ways in which torch is used around a compiled model: each does what it does in eager, with the loss still cut."""
 
 from __future__ import annotations

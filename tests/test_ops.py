@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operators, as torch.library sees them."""
 
 from __future__ import annotations

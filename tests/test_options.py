@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options: validated, named in their errors, and inductor's own passed on with inductor's meaning."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What cce_fx costs beside the loss itself, counted where it does not depend on a clock; `benchmarks overhead` has times."""
 
 from __future__ import annotations

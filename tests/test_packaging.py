@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The wheel and the sdist: one top-level package, found by torch without an import."""
 
 from __future__ import annotations
@@ -175,3 +176,12 @@ def test_a_folder_of_the_package_s_name_beside_the_script_does_no_harm(tmp_path:
     script.write_text(SCRIPT.split("import cce_fx")[0])
     run = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path)
     assert run.returncode == 0, run.stderr
+
+
+def test_every_source_file_names_its_licence() -> None:
+    found = subprocess.run(["git", "ls-files", "*.py", "*.cpp"], capture_output=True, text=True, cwd=ROOT, check=True)
+    texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in found.stdout.split()}
+    assert len(texts) > 80
+    line = "SPDX-License-Identifier: Apache-2.0\n"
+    bare = [n for n, t in texts.items() if t and not t.startswith(("// " if n.endswith(".cpp") else "# ") + line)]
+    assert not bare, "begin each with `# SPDX-License-Identifier: Apache-2.0`: " + " ".join(bare)

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pass inside pipelines of the user's own: beside other passes, with rules and reasons of the user's, and caches."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs drawn from the grammar of `programs.py`: rewritten with eager's results, or left alone for the right reason."""
 
 from __future__ import annotations

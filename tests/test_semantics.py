@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a rewrite must preserve, case by case, against eager."""
 
 from __future__ import annotations

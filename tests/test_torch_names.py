@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Private names of torch: each is there in this torch, and none is used that is not listed."""
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from cce_fx import _torch
 
@@ -17,6 +19,7 @@ SAMPLES = {
     "torch:Tensor": torch.empty(0),
     "torch:UntypedStorage": torch.empty(0).untyped_storage(),
     "torch.nn:Module": torch.nn.Linear(1, 1),
+    "torch.distributed.tensor:DTensor": DTensor,
     "torch.fx:Node": next(iter(torch.fx.symbolic_trace(torch.nn.Linear(1, 1)).graph.nodes)),
     "torch._ops:OpOverload": torch.ops.aten.mm.default,
     "torch._ops:OpOverloadPacket": torch.ops.aten.mm,
@@ -91,6 +94,16 @@ def own_names() -> set[str]:
     return found
 
 
+def attribute_of(node: ast.AST) -> str | None:
+    """The name that `x.name` and `getattr(x, "name")` read."""
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    if not isinstance(node, ast.Call) or ast.unparse(node.func) not in ("getattr", "hasattr"):
+        return None
+    name = node.args[1]
+    return name.value if isinstance(name, ast.Constant) and isinstance(name.value, str) else None
+
+
 def test_private_attributes_are_listed() -> None:
     listed = (
         {name for _, name in _torch.ATTRIBUTES}
@@ -101,8 +114,9 @@ def test_private_attributes_are_listed() -> None:
     used: dict[str, str] = {}
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Attribute) and is_private(node.attr):
-                used[node.attr] = str(path.relative_to(ROOT))
+            name = attribute_of(node)
+            if name is not None and is_private(name):
+                used[name] = str(path.relative_to(ROOT))
     assert {name: where for name, where in used.items() if name not in listed} == {}
     text = "\n".join(p.read_text() for p in SOURCES if p.name != "_torch.py")
     assert [name for _, name in _torch.ATTRIBUTES if name not in text] == [], "no longer used"

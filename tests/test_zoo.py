@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Architectures of transformers, unmodified: some of them here, all of them behind the marker."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every causal, masked and seq2seq architecture of transformers, tiny and random, eager against cce.
 
     python -m tests.zoo                      all of them; writes the table of docs/models.md to standard output

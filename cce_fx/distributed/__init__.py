@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses whose vocabulary or whose rows are divided among processes.
 
 `linear_cross_entropy` is for programs that hold plain tensors, as Megatron's do; programs of DTensors need no call: the pass

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Options that have to be the same in every process: compared before the first collective that depends on them.
 
 Over the process group's store and not by a collective, which is itself what processes that differ would not reach together.

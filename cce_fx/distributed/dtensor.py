@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Losses of DTensors: which layouts are understood, and the function that stands in a rewritten graph.
 
 A program of DTensors computes what it would on one process with the whole tensors; placements only say where the pieces lie. So a

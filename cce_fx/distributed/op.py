@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The operators of one shard of a vocabulary: local work only, so that every collective stands in the graph itself.
 
 `cce::linear_cross_entropy_partial` sweeps the columns of this process; `cce::linear_cross_entropy_shard_backward` makes its

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vocabulary parallelism over plain tensors: each process sweeps its own columns.
 
 Forward: one all-gather of a few numbers a row (max, sumexp, target logit, and the smoothed part where wanted), combined in the

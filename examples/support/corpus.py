@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text that every machine with Python has: the source of its standard library, as tokens.
 
 The tokenizer is a byte-level BPE trained on that text: any size of vocabulary can be had and nothing is downloaded.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files that are either whole or not there: every file is written beside its place and then moved into it."""
 
 import os

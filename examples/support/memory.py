@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much memory a training step takes, counted allocation by allocation.
 
 torch reports every allocation and release of its CPU allocator to the profiler, those of compiled code included. Adding

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The table and the picture at the end of a comparison."""
 
 import statistics

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the same job several ways, each in a fresh process, and shows how far they are.
 
 A child prints JSON objects on its standard output, one a line: {"step": .., "loss": .., "seconds": ..} after each step

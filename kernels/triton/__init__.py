@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels for CUDA and ROCm, in Triton. See `..spec` for the contract."""
 
 from .backward import backward as backward

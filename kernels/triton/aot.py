@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiling recorded launches for machines that are not there, and reading what the compiler made of them.
 
 Needs no GPU: the triton wheel brings ptxas and cuobjdump. Not for use with TRITON_INTERPRET=1.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backward, and the forward and backward in one."""
 
 from __future__ import annotations

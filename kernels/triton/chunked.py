@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backward through scratch memory: a piece of the logits' gradient at a time, and one product per output.
 
 Pieces are spans of the vocabulary. The sum of d_weight runs over all rows within one piece, so it is made in registers

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which backward to run: a roofline model of each, in flops, bytes and launches.
 
 Per strategy, for N rows, hidden size D, V classes, s bytes per input, and products of 2 N D V flops each:

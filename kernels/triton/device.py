@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where the kernels run: what a device offers, and how a kernel is started on it.
 
 `record()` takes the place of the device: inside it every launch is written down with its real arguments instead of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Leaving out tiles whose gradient is negligible, with a bound on what that costs (arXiv 2411.09009, section 4.3).
 
 A tile is left out when of no row more than its share of `Problem.filter_eps` is in it, the same for all tiles of the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The arguments of a problem that most kernels share, and the sizes from which their grids are made."""
 
 from __future__ import annotations

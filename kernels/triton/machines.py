@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the supported machines offer, and the block shapes that suit them.
 
 Peak rates are the vendors' dense figures; the bandwidth of the last-level cache is an estimate. The block shapes were

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The two products of the chunked backward: scratch with weight into d_hidden, scratch with hidden into d_weight.
 
 The Triton kernels skip rows that are not kept and tiles that the filter left out; BLAS does neither and needs no

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The backward without scratch memory: each program recomputes the tiles of logits that its piece of the answer needs.
 
 Two kernels, each owning its output, so there are no locks, no atomics, and one rounding of a fp32 sum:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which rows are computed, found on the device: no host synchronisation and no size that depends on data.
 
 The kept rows are numbered by a prefix sum, and their numbers, targets and gradient coefficients are written to the

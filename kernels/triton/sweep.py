@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The forward: one sweep over the vocabulary per row block (arXiv 2411.09009, section 4.1 and 4.2).
 
 The vocabulary is split among programs where row blocks alone would leave multiprocessors idle. Each writes the sums of

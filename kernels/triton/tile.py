@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every kernel does with one tile of logits: the product, the epilogue, and the gradient. Device functions only.
 
 A tile is (A, B): A owners by B others. In the forward, owners are rows of hidden and others columns of the vocabulary;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiles of the logits' gradient, written to scratch memory for the two products of the chunked backward.
 
 `write_gradient` recomputes them from the norm. `hold` and `release` are the pair that computes each tile once: the first

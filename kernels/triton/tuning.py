@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block shapes of the tiles of logits by timing, where the user asks for it (`Problem.tune`).
 
 Off by default: timing needs the host to wait for the device, and results then depend, in their last bits, on what was

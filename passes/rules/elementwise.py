@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Elementwise operations on logits: casts, scales, the softcap, a bias added afterwards, log-softmax."""
 
 from __future__ import annotations

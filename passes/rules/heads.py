@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Several linear layers that are one head: joined along the vocabulary, or added up as low-rank adapters are."""
 
 from __future__ import annotations

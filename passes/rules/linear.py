@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where a head begins: hidden @ weight.T with or without a bias, in each of its spellings."""
 
 from __future__ import annotations

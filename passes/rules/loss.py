@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Anchors: the calls that turn logits and targets into a loss."""
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ def _target_refusal(call: Call, view: LogitsView, target: Any) -> Outcome:
         return call.decline(Reason.TARGET, "the target is not a tensor")
     if value.dtype.is_floating_point:
         return call.decline(Reason.PROBABILITIES)
-    rows = (*view.shape[: view.class_dim], *view.shape[view.class_dim + 1 :])
-    if value.dtype != torch.int64 or value.dim() != len(rows):
+    if value.dtype != torch.int64 or value.dim() != len(view.row_shape):
         return call.decline(Reason.TARGET, f"{value.dtype} of {value.dim()} dimensions")
     return None

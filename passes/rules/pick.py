@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Anchors that losses are written from by hand: one class picked from each row, and sums over the classes."""
 
 from __future__ import annotations

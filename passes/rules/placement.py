@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DTensors: where the pieces of logits lie is no part of what they are."""
 
 from __future__ import annotations

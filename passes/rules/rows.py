@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Operations that move rows about: replayed on hidden, where a row is D long and not V."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Groups of processes that run checks over gloo on the loopback device, and what a compiled graph communicates."""
 
 from __future__ import annotations

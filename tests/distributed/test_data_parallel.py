@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DistributedDataParallel: gradients are the average of eager's, whichever way it is put around a compiled model."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """FSDP2: gradients are the average of eager's; with the head in the root's group the loss is cut."""
 
 from __future__ import annotations

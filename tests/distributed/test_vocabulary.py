@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Vocabulary parallelism: each process sweeps its own columns; loss and gradients are those of one process."""
 
 from __future__ import annotations

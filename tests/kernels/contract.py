@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every kernel is held to: problems with any of the options of `kernels/spec.py`, and agreement with float64."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The compiled walks over a tile: against the torch operations that they stand for, and under the whole contract."""
 
 from __future__ import annotations

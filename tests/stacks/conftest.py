@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every test compiles anew."""
 
 from __future__ import annotations

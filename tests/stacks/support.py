@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Small models and data for the tests of training stacks, and what a step of theirs allocates."""
 
 from __future__ import annotations

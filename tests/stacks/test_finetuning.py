@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """trl and peft, unmodified, with a model compiled by cce."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loops of accelerate and lightning with a compiled model, and models of other kinds than a language model."""
 
 from __future__ import annotations

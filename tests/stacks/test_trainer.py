@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The unmodified `transformers.Trainer` with a model compiled by cce: every feature does what it does in eager."""
 
 from __future__ import annotations

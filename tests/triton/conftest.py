@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The kernels run in Triton's interpreter in a process of its own: `test_interpreter.py` starts it."""
 
 import os

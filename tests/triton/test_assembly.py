@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the compiler makes of the kernels for machines that are not there: nothing spilled, everything fits, and every
 inner loop of a matrix product runs on the tensor cores. A sample here, the whole table behind the marker `slow`."""
 

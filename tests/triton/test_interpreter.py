@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs the tests in `interpreted/`, whose process must have TRITON_INTERPRET=1 before triton is imported."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The default kernels beside the peers', by what the compiler makes of them and by the roofline; nothing is run."""
 
 from __future__ import annotations

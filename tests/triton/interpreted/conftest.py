@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Makes Triton's interpreter twice as fast, for tests only."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole of `torch.compile(model, backend="cce")` on a small model, with the GPU's kernels at the end of it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Triton kernels against the dense float64 answer, for every option of the contract in `kernels/spec.py`."""
 
 from __future__ import annotations

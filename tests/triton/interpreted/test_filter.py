@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradient filter: its error is within the bound it reports, and it leaves out what is negligible only."""
 
 from __future__ import annotations

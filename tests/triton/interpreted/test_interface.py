@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The edges of what the Triton kernels are handed: names, shards, devices, targets, and the workspace."""
 
 from __future__ import annotations

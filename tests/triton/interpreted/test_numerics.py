@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Infinite logits over whole tiles, NaN, 64-bit addresses, gradients near fp16's smallest numbers."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Block shapes by timing: only where asked for, once for each problem, and never a shape that does not fit."""
 
 from __future__ import annotations
