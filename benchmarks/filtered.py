@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the bounded filter saves on a trained model, and what it costs: `python -m benchmarks filtered`.
 
 The GPT of `examples/train_lm.py` is trained for some steps. On the hidden states of its next batch the kernel runs with

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One block of rows that holds its logits over the whole vocabulary: its sums and its part of the gradients."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a filter left out of the gradients, and the bound on the error that follows from it."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A block of rows whose gradients leave out the classes that carry next to nothing, within a bound.
 
 Of a trained model's softmax most classes hold nearly nothing, in all rows of a block. The two products of the gradients

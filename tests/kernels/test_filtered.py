@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The bounded filter of the tiled kernel: within its bound, near the exact gradient, and exact where it should be."""
 
 from __future__ import annotations
