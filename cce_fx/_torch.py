@@ -85,6 +85,7 @@ NAMES: dict[str, Private] = {
 # Private attributes of torch's objects that the project reads: (owner's "module:attribute", name) and why.
 ATTRIBUTES: dict[tuple[str, str], str] = {
     ("torch:Tensor", "_version"): "whether a tensor changed in place since the forward",
+    ("torch:Tensor", "_is_view"): "pipelining asks it of a stage's outputs before it detaches them",
     ("torch:Tensor", "_make_wrapper_subclass"): "a tensor without memory of its own",
     ("torch:UntypedStorage", "_cdata"): "whether two fake tensors share memory",
     ("torch.nn:Module", "_forward_hooks"): "a module with hooks is not written out",

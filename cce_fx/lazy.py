@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -187,6 +187,25 @@ class LazyLogits(Tensor):
             for lazy in (root, *_family(root)):
                 lazy.materialize()
 
+    def _is_alias(self) -> bool:
+        with self._lock:
+            op, value = self._state.op, self._state.value
+        return bool(op and op.is_alias) if value is None else value._is_view()
+
+    def _detach_in_place(self) -> LazyLogits:
+        """Without a look at the logits, and without the autograd graph of hidden: a pipeline's schedule detaches every output."""
+        with self._lock:
+            state = self._state
+            if state.chain is not None and not self._children:
+                state.chain = replace(state.chain, hidden=state.chain.hidden.detach())
+                state.grad = False
+            else:  # views of it keep their gradient, and a view cannot be detached: torch says so
+                self._before_writing()
+                self.materialize().detach_()
+        with DisableTorchFunctionSubclass():
+            self.requires_grad_(False)
+        return self
+
     @classmethod
     @disable_dynamo(recursive=True)
     def __torch_function__(
@@ -198,6 +217,10 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         if func == lazy_ops.IS_LEAF:
             return not args[0].requires_grad
+        if func is lazy_ops.IS_VIEW:
+            return args[0]._is_alias()
+        if func in lazy_ops.DETACH_:
+            return args[0]._detach_in_place()
         found = lazy_ops.stay_lazy(func, args, kwargs)
         if found is not NotImplemented:
             return found

@@ -247,6 +247,39 @@ def test_in_place_changes_show_in_the_logits_and_their_views(setup: Any) -> None
         del model
 
 
+def test_detaching_in_place_reads_nothing_and_lets_the_graph_go(setup: Any) -> None:
+    model, compiled, x, y = setup
+    want = model(x, y)[1].detach()
+    lazy = compiled(x, y)[1]
+    graph = weakref.ref(lazy.chain.hidden.grad_fn)
+    with Largest() as seen:
+        assert not lazy._is_view() and lazy.detach_() is lazy
+    assert seen.size < V and graph() is None
+    assert unread(lazy) and not lazy.requires_grad
+    torch.testing.assert_close(lazy + 0, want)
+    stale = compiled(x, y)[1].detach_()
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        stale.sum()
+
+
+def test_detaching_in_place_leaves_views_their_gradient(setup: Any) -> None:
+    model, compiled, x, y = setup
+    results = []
+    for call in (compiled, model):
+        logits = call(x[0], y[0])[1]
+        view = logits.transpose(0, 1)
+        logits.detach_()
+        assert view._is_view() and not logits._is_view() and not logits.requires_grad
+        view.pow(2).sum().backward()
+        results.append(grads(model))
+        with pytest.raises(RuntimeError, match="Can't detach views in-place"):
+            call(x[0], y[0])[1].transpose(0, 1).detach_()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
 def test_copies_are_plain_tensors(setup: Any, how: str) -> None:
     _, compiled, x, y = setup
