@@ -20,13 +20,19 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from . import lazy_ops
+from . import gathered, lazy_ops
 from ._torch import DisableTorchFunctionSubclass, disable_dynamo, tree_iter, tree_map
 
 _STALE = (
     "these logits are lazy and were not read while they could be: {what} changed in place since the forward (by "
     "optimizer.step(), perhaps), so reading them now would give other values. Read them before, or compile with "
     "options={{'logits': 'keep'}}."
+)
+
+
+_LET_GO = (
+    "these logits are lazy and FSDP has let go of the gathered weight that they are made from. Read them before the "
+    "backward, or compile with options={'logits': 'keep'}."
 )
 
 
@@ -51,6 +57,10 @@ class HeadChain:
 
 def _stamp(t: Tensor) -> tuple[Any, int]:
     """Changes with every in-place change of a tensor, and when its memory is exchanged."""
+    shard = gathered.shard_of(t)
+    if shard is not None:
+        with torch.no_grad():
+            return (_stamp(shard.to_local()), shard._version)  # type: ignore[attr-defined]
     return (None if t.is_inference() else t._version, t.data_ptr())
 
 
@@ -64,6 +74,7 @@ class _State:
     stamps: tuple[tuple[Any, int], ...]
     grad: bool  # grad mode of the forward
     value: Tensor | None = None
+    hooks: tuple[Callable[..., Any], ...] = ()  # FSDP's, which gather the weights before the backward
 
 
 class LazyLogits(Tensor):
@@ -124,6 +135,8 @@ class LazyLogits(Tensor):
             if state.value is None:
                 with torch.inference_mode(False), torch.set_grad_enabled(state.grad):
                     state.value = self._compute(state)
+                for hook in state.hooks if state.value.requires_grad else ():
+                    state.value.register_hook(hook)
                 # The references have done their work; what autograd needs it holds by itself.
                 state.chain = state.base = state.op = None
             return state.value
@@ -154,8 +167,19 @@ class LazyLogits(Tensor):
         if chain is None:
             return
         for at, (tensor, stamp) in enumerate(zip(chain.tensors, root._state.stamps, strict=True)):
+            if not gathered.is_there(tensor):
+                raise RuntimeError(_LET_GO)
             if _stamp(tensor) != stamp:
                 raise RuntimeError(_STALE.format(what="hidden" if at == 0 else "the weight or bias"))
+
+    def _hook(self, hook: Callable[..., Any]) -> bool:
+        """Put off a hook of FSDP's, that asks for no gradient, until the logits or their loss are made; False if too late."""
+        with self._lock:
+            state = self.root._state
+            if state.chain is None or not gathered.is_gathering(hook):
+                return False
+            state.hooks = (*state.hooks, hook)
+            return True
 
     @property
     def root(self) -> LazyLogits:
@@ -221,6 +245,10 @@ class LazyLogits(Tensor):
             return args[0]._is_alias()
         if func in lazy_ops.DETACH_:
             return args[0]._detach_in_place()
+        if func == lazy_ops.BASE and args[0]._state.value is None:
+            return args[0]._state.base if args[0]._is_alias() else None
+        if func is lazy_ops.REGISTER_HOOK and args[0]._hook(args[1]):
+            return None
         found = lazy_ops.stay_lazy(func, args, kwargs)
         if found is not NotImplemented:
             return found

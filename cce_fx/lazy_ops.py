@@ -28,6 +28,8 @@ METADATA = {
 }
 
 IS_LEAF: Any = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits are not
+BASE: Any = Tensor._base.__get__  # type: ignore[attr-defined]
+REGISTER_HOOK: Any = Tensor.register_hook
 IS_VIEW: Any = Tensor._is_view
 DETACH_: tuple[Any, ...] = (Tensor.detach_, torch.detach_)
 

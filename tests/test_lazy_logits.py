@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import peak_bytes
+from benchmarks.measure import allocations, peak_bytes
 from cce_fx import LazyLogits
 
 V, D = 1200, 16
@@ -405,6 +405,19 @@ PARTS = {
     "the last token": lambda z: z[:, -1, :].softmax(-1) * 2,
     "two rows, scaled, classes first": lambda z: (z.flatten(0, 1)[3:5].float() / 2).t().exp(),
 }
+
+
+@pytest.mark.parametrize("workspace", [1 << 18, 1 << 20])
+def test_a_loss_outside_the_graph_keeps_to_the_options(workspace: int) -> None:
+    torch._dynamo.reset()
+    model, x, y = Model(), torch.randn(512, D), torch.randint(0, V, (512,))
+    run = torch.compile(model, backend="cce", options={"inner": "aot_eager", "workspace": workspace})
+
+    def step() -> None:
+        F.cross_entropy(run(x), y).backward()
+
+    step()
+    assert workspace / 2 < max(allocations(step)[1]) <= workspace
 
 
 @pytest.mark.parametrize("name", PARTS)
