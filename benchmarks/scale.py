@@ -95,9 +95,7 @@ def pretended(world: int) -> Iterator[None]:
 
 
 @functools.cache
-def expressions(
-    tensor: int, sequence: int, dtype: torch.dtype, workspace: int | None
-) -> tuple[sympy.Expr, sympy.Expr]:
+def expressions(tensor: int, sequence: int, dtype: torch.dtype, workspace: int | None) -> tuple[sympy.Expr, sympy.Expr]:
     """Bytes that the loss holds on one device as it is written, and cut with its gradients, in N, D and V of all devices."""
     h, w = (torch.zeros(rows, 8, dtype=dtype, requires_grad=True) for rows in (4, 64))
     values = (h, w, torch.zeros(4, dtype=torch.int64))
@@ -209,7 +207,9 @@ def layouts_view(args: argparse.Namespace) -> View:
         "loss_parallel, ms",
         "cut, ms",
     )
-    title = f"The head and its loss on one {args.card} at {100 * args.utilisation:.0f} % of the peak: GiB and milliseconds"
+    title = (
+        f"The head and its loss on one {args.card} at {100 * args.utilisation:.0f} % of the peak: GiB and milliseconds"
+    )
     return View(title, columns, tuple(lines))
 
 

@@ -173,5 +173,7 @@ def test_train_distributed_goes_as_in_one_process(way, tmp_path):
 
 
 def test_train_distributed_says_how_it_is_started(tmp_path):
-    done = subprocess.run(command("train_distributed.py"), env=environment(), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command("train_distributed.py"), env=environment(), capture_output=True, text=True, timeout=60
+    )
     assert done.returncode == 2 and "torchrun" in done.stderr

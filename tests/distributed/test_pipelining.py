@@ -125,7 +125,8 @@ def every_spelling(schedule: type) -> dict[str, int]:
 @pytest.mark.parametrize("schedule", [ScheduleGPipe, Schedule1F1B])
 def test_loss_and_gradients_are_those_of_one_process_and_no_logits_are_made(two: Workers, schedule: type) -> None:
     _, made = two.run(every_spelling, schedule)
-    dense = {"the loss alone": LOGITS, "outputs": MICROBATCHES * LOGITS}  # the head is not in the graph; logits are asked for
+    # The head is not in the graph of the loss; logits are asked for.
+    dense = {"the loss alone": LOGITS, "outputs": MICROBATCHES * LOGITS}
     for spelling, largest in made.items():
         if spelling in dense:
             assert largest == dense[spelling]
