@@ -135,8 +135,7 @@ class LazyLogits(Tensor):
             if state.value is None:
                 with torch.inference_mode(False), torch.set_grad_enabled(state.grad):
                     state.value = self._compute(state)
-                for hook in state.hooks if state.value.requires_grad else ():
-                    state.value.register_hook(hook)
+                self.hook_up(state.value)
                 # The references have done their work; what autograd needs it holds by itself.
                 state.chain = state.base = state.op = None
             return state.value
@@ -171,6 +170,11 @@ class LazyLogits(Tensor):
                 raise RuntimeError(_LET_GO)
             if _stamp(tensor) != stamp:
                 raise RuntimeError(_STALE.format(what="hidden" if at == 0 else "the weight or bias"))
+
+    def hook_up(self, made: Tensor) -> None:
+        """Put the hooks that were put off onto what was made of these logits."""
+        for hook in self.root._state.hooks if made.requires_grad else ():
+            made.register_hook(hook)
 
     def _hook(self, hook: Callable[..., Any]) -> bool:
         """Put off a hook of FSDP's, that asks for no gradient, until the logits or their loss are made; False if too late."""

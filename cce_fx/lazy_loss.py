@@ -36,8 +36,7 @@ def cut_loss(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], 
     if made is None:
         return NotImplemented
     loss = made.run()
-    for hook in lazy.root._state.hooks if loss.requires_grad else ():
-        loss.register_hook(hook)
+    lazy.hook_up(loss)
     return loss
 
 

@@ -140,17 +140,24 @@ def logits_of_a_step(optimizer: Any) -> None:
 
 
 def a_gradient_through_logits_that_were_read() -> None:
-    """The hook of FSDP, put off, still gathers the weights before the backward."""
-    model, (x, y) = Both(), rows()
-    fully_shard(model)
-    run = compiled(model)
+    """The hook of FSDP, put off, still gathers the weights before the backward, and sees to the gradients after it."""
+    (x, y) = rows()
 
-    def loss(model: Any) -> Tensor:
+    def of_all(model: Any) -> Tensor:
         value, logits = model(x, y)
         return value + logits.float().pow(2).mean()
 
-    loss(run).backward()
-    assert_same(gradients(model), averaged(loss))
+    def of_some(model: Any) -> Tensor:
+        return model(x)[: ROWS // 4].float().pow(2).mean()
+
+    for loss in (of_all, of_some):
+        model = Both()
+        fully_shard(model)
+        run = compiled(model)
+        for _ in range(2):
+            model.zero_grad()
+            loss(run).backward()
+        assert_same(gradients(model), averaged(loss))
 
 
 def every_read() -> dict[tuple[bool, bool], int]:
