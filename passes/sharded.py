@@ -29,6 +29,9 @@ def refusal(candidate: Candidate) -> str | None:
         return "a statistic of distributed logits that is not a loss"
     if any(step.name != "t" for step in view.weight.steps):
         return "a weight that is changed on the way to distributed logits"
+    placements = getattr(value_of(candidate.anchor), "placements", ())
+    if any(p.is_partial() and not p.is_partial("sum") for p in placements):
+        return f"a loss placed {placements}: the average of each process's own mean, which is not the mean of all rows"
     layout = _layout(view)
     return layout if isinstance(layout, str) else None
 
