@@ -65,7 +65,7 @@ def test_sizes_that_are_numbers_are_compared_without_torch(monkeypatch: pytest.M
         raise AssertionError("torch._check was asked about two numbers that agree")
 
     monkeypatch.setattr(torch, "_check", refuse)
-    op._check(torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(5), torch.zeros(3, dtype=torch.int64), torch.zeros(5))
+    op.check(torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(5), torch.zeros(3, dtype=torch.int64), torch.zeros(5))
 
 
 def test_operators_are_known_to_the_compiler() -> None:
