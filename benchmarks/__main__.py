@@ -10,7 +10,7 @@ COMMANDS = {
     "peers": "time and memory of a head's loss beside the bare matrix products and every other way to compute it",
     "scaling": "curves of time and memory against N and against V, with fitted slopes",
     "overhead": "what a call, a compilation and an import cost over inductor's",
-    "cluster": "the head and its loss in a large training run, by arithmetic",
+    "scale": "the head and its loss on one GPU of a large training run, by arithmetic",
     "report": "markdown tables and pictures from what peers, scaling and overhead wrote",
     "kernel": "the CPU kernel alone beside the bare matrix products",
     "filtered": "the bounded filter on a trained model",

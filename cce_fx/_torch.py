@@ -67,6 +67,12 @@ NAMES: dict[str, Private] = {
     "process_group_store": Private(
         "torch.distributed.distributed_c10d:_get_process_group_store", "where processes compare their options"
     ),
+    "FSDPState": Private(
+        "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState", "whether a weight is one that FSDP2 gathered"
+    ),
+    "composable_states": Private(
+        "torch.distributed._composable_state:_module_state_mapping", "FSDP2's states of modules"
+    ),
     # Observation.
     "counters": Private("torch._dynamo.utils:counters", "where torch's own passes count"),
     "trace_structured": Private("torch._logging:trace_structured", "leaves artifacts for tlparse"),
@@ -86,7 +92,11 @@ NAMES: dict[str, Private] = {
 # Private attributes of torch's objects that the project reads: (owner's "module:attribute", name) and why.
 ATTRIBUTES: dict[tuple[str, str], str] = {
     ("torch:Tensor", "_version"): "whether a tensor changed in place since the forward",
+    ("torch:Tensor", "_base"): "FSDP2 asks it of every output of a module",
+    ("torch:Tensor", "_is_view"): "pipelining asks it of a stage's outputs before it detaches them",
     ("torch:Tensor", "_make_wrapper_subclass"): "a tensor without memory of its own",
+    ("torch.distributed.fsdp:FSDPState", "_fsdp_param_group"): "the parameters that FSDP2 gathers together",
+    ("torch.distributed.fsdp:FSDPParamGroup", "_reshard_after_forward"): "whether they are let go after the forward",
     ("torch:UntypedStorage", "_cdata"): "whether two fake tensors share memory",
     ("torch.nn:Module", "_forward_hooks"): "a module with hooks is not written out",
     ("torch.nn:Module", "_forward_pre_hooks"): "the same",

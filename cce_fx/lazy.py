@@ -14,20 +14,26 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from . import lazy_ops
+from . import gathered, lazy_ops
 from ._torch import DisableTorchFunctionSubclass, disable_dynamo, tree_iter, tree_map
 
 _STALE = (
     "these logits are lazy and were not read while they could be: {what} changed in place since the forward (by "
     "optimizer.step(), perhaps), so reading them now would give other values. Read them before, or compile with "
     "options={{'logits': 'keep'}}."
+)
+
+
+_LET_GO = (
+    "these logits are lazy and FSDP has let go of the gathered weight that they are made from. Read them before the "
+    "backward, or compile with options={'logits': 'keep'}."
 )
 
 
@@ -52,6 +58,10 @@ class HeadChain:
 
 def _stamp(t: Tensor) -> tuple[Any, int]:
     """Changes with every in-place change of a tensor, and when its memory is exchanged."""
+    shard = gathered.shard_of(t)
+    if shard is not None:
+        with torch.no_grad():
+            return (_stamp(shard.to_local()), shard._version)  # type: ignore[attr-defined]
     return (None if t.is_inference() else t._version, t.data_ptr())
 
 
@@ -65,6 +75,7 @@ class _State:
     stamps: tuple[tuple[Any, int], ...]
     grad: bool  # grad mode of the forward
     value: Tensor | None = None
+    hooks: tuple[Callable[..., Any], ...] = ()  # FSDP's, which gather the weights before the backward
 
 
 class LazyLogits(Tensor):
@@ -125,6 +136,7 @@ class LazyLogits(Tensor):
             if state.value is None:
                 with torch.inference_mode(False), torch.set_grad_enabled(state.grad):
                     state.value = self._compute(state)
+                self.hook_up(state.value)
                 # The references have done their work; what autograd needs it holds by itself.
                 state.chain = state.base = state.op = None
             return state.value
@@ -155,8 +167,24 @@ class LazyLogits(Tensor):
         if chain is None:
             return
         for at, (tensor, stamp) in enumerate(zip(chain.tensors, root._state.stamps, strict=True)):
+            if not gathered.is_there(tensor):
+                raise RuntimeError(_LET_GO)
             if _stamp(tensor) != stamp:
                 raise RuntimeError(_STALE.format(what="hidden" if at == 0 else "the weight or bias"))
+
+    def hook_up(self, made: Tensor) -> None:
+        """Put the hooks that were put off onto what was made of these logits."""
+        for hook in self.root._state.hooks if made.requires_grad else ():
+            made.register_hook(hook)
+
+    def _hook(self, hook: Callable[..., Any]) -> bool:
+        """Put off a hook of FSDP's, that asks for no gradient, until the logits or their loss are made; False if too late."""
+        with self._lock:
+            state = self.root._state
+            if state.chain is None or not gathered.is_gathering(hook):
+                return False
+            state.hooks = (*state.hooks, hook)
+            return True
 
     @property
     def root(self) -> LazyLogits:
@@ -188,6 +216,25 @@ class LazyLogits(Tensor):
             for lazy in (root, *_family(root)):
                 lazy.materialize()
 
+    def _is_alias(self) -> bool:
+        with self._lock:
+            op, value = self._state.op, self._state.value
+        return bool(op and op.is_alias) if value is None else value._is_view()
+
+    def _detach_in_place(self) -> LazyLogits:
+        """Without a look at the logits, and without the autograd graph of hidden: a pipeline's schedule detaches every output."""
+        with self._lock:
+            state = self._state
+            if state.chain is not None and not self._children:
+                state.chain = replace(state.chain, hidden=state.chain.hidden.detach())
+                state.grad = False
+            else:  # views of it keep their gradient, and a view cannot be detached: torch says so
+                self._before_writing()
+                self.materialize().detach_()
+        with DisableTorchFunctionSubclass():
+            self.requires_grad_(False)
+        return self
+
     @classmethod
     @disable_dynamo(recursive=True)
     def __torch_function__(
@@ -199,6 +246,14 @@ class LazyLogits(Tensor):
                 return func(*args, **kwargs)
         if func == lazy_ops.IS_LEAF:
             return not args[0].requires_grad
+        if func is lazy_ops.IS_VIEW:
+            return args[0]._is_alias()
+        if func in lazy_ops.DETACH_:
+            return args[0]._detach_in_place()
+        if func == lazy_ops.BASE and args[0]._state.value is None:
+            return args[0]._state.base if args[0]._is_alias() else None
+        if func is lazy_ops.REGISTER_HOOK and args[0]._hook(args[1]):
+            return None
         found = lazy_ops.stay_lazy(func, args, kwargs)
         if found is not NotImplemented:
             return found

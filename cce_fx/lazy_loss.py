@@ -8,7 +8,7 @@ pass declines reads the logits and runs as it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +34,11 @@ def cut_loss(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], 
     call = (func, _frozen(args), _frozen(tuple(kwargs.items())))
     made = _make(lazy, call, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)],
                  lambda gm, node, rest: _cut(lazy, gm, node, rest, func, args, kwargs))  # fmt: skip
-    return NotImplemented if made is None else made.run()
+    if made is None:
+        return NotImplemented
+    loss = made.run()
+    lazy.hook_up(loss)
+    return loss
 
 
 def read_rows(lazy: LazyLogits) -> Any:
@@ -164,7 +168,8 @@ def _cut(
         loss = gm.graph.call_function(func, (node, *args), kwargs)
     output.args = (loss,)
     fakes.propagate(gm, [loss], grad=torch.is_grad_enabled())
-    report, _ = apply(gm, Policy(min_vocab=0))
+    policy = lazy.chain.run.meta.get("cce_fx_policy", Policy())  # type: ignore[union-attr]
+    report, _ = apply(gm, replace(policy, min_vocab=0))
     return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None
 
 

@@ -29,6 +29,10 @@ METADATA = {
 }
 
 IS_LEAF: Any = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits are not
+BASE: Any = Tensor._base.__get__  # type: ignore[attr-defined]
+REGISTER_HOOK: Any = Tensor.register_hook
+IS_VIEW: Any = Tensor._is_view
+DETACH_: tuple[Any, ...] = (Tensor.detach_, torch.detach_)
 
 # Operations by canonical name that stay lazy: they move rows about, cast, or scale.
 _VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",

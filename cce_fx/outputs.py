@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
+from .gathered import is_let_go_early
 from .lazy import HeadChain, LazyLogits
 from .passes.canonical import canonical
 from .passes.decide import Policy, illegal_head
@@ -90,6 +91,7 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
     for index, node in wanted:
         view = found.views[node]
         chain, outer = _chain(node, view)
+        chain.meta["cce_fx_policy"] = policy  # for a loss outside the graph
         sources = _sources(index, (view.hidden.node, *outer), inputs, results)
         if results[index] is node:
             results[index] = None
@@ -197,7 +199,10 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
         for output in cut.lazy:
             hidden, *inputs = [(args if s.kind == "input" else found)[s.index] for s in output.sources]
             chain = HeadChain(hidden, tuple(inputs), output.chain)
-            results[output.index] = LazyLogits.make(chain, output.like(hidden))
+            made = LazyLogits.make(chain, output.like(hidden))
+            # Weights that will be gone when somebody reads: the logits are computed while they are there.
+            early = any(is_let_go_early(t) for t in chain.tensors)
+            results[output.index] = made.materialize() if early else made
         return results
 
     return call

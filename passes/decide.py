@@ -16,7 +16,7 @@ from torch.fx import Node
 from .._torch import FakeTensor
 from ..functional import DTYPES, makes_grads_in_forward
 from .memory import D, N, V, bytes_needed, bytes_saved
-from .sharded import has_sharded_head, is_sharded, refusal
+from .sharded import has_divided_classes, has_sharded_head, is_sharded, refusal
 from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, value_of
 
 _SMALLEST_VOCAB = 32
@@ -103,6 +103,8 @@ def _needs(candidate: Candidate, policy: Policy) -> tuple[bool, bool, bool] | No
         return None
     if not makes_grads_in_forward(policy.strategy, candidate.loss.reduction, view.dtype):
         return None
+    if has_divided_classes(view):
+        return None  # no process knows a row's sum over all classes while it has a tile at hand
     bias = view.bias is not None and view.bias.requires_grad
     found = (view.hidden.requires_grad, view.weight.requires_grad, bias)
     return found if any(found) else None

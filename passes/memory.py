@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How many bytes a loss takes as it was written and as it is rewritten: sympy expressions in N, D and V.
 
-Under dynamic shapes N stays a symbol, and no guard is added.
+Of a head of DTensors, N and V are those of all processes and bytes those of one. Under dynamic shapes N stays a symbol, and no guard is added.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sympy
 import torch
 
 from ..functional import default_workspace, statistics_dtype
-from .sharded import processes
+from .sharded import division, has_divided_classes
 from .values import Candidate, Operand, value_of
 
 if TYPE_CHECKING:
@@ -21,20 +21,21 @@ if TYPE_CHECKING:
 N, D, V = sympy.symbols("N D V", positive=True, integer=True)
 # Sums, targets, coefficients and statistics of a row, in elements of the statistics' dtype, at the moment of the peak.
 _PER_ROW = 10
+# Numbers of a row that a process of a divided vocabulary sends, and gets from each.
+_SENT = 3
 
 
 def bytes_saved(candidate: Candidate) -> sympy.Expr:
-    """Bytes that eager holds at its peak for this loss, and a rewritten program does not.
+    """Bytes that eager holds at its peak for this loss, and a rewritten program does not, all in the loss's dtype.
 
-    Eager keeps the logits, their log-softmax for the backward, and then the gradient of each; casts on the way keep a
-    copy more. A loss without gradient keeps the logits and their log-softmax.
+    With a gradient that is the backward's: the log-softmax that was kept for it, and the gradient of each of log-softmax and
+    logits. Torch's loss on divided classes (`loss_parallel`) makes one tensor more. Without, it is the logits and their
+    log-softmax. Logits in another dtype are gone by then, unless the program itself keeps them.
     """
-    item = candidate.view.dtype.itemsize
-    loss_item = value_of(candidate.anchor).dtype.itemsize
-    copies = item + loss_item + (loss_item if loss_item != item else 0)
-    if value_of(candidate.anchor).requires_grad:
-        copies += loss_item
-    return N * V * copies / processes(candidate)
+    value, copies = value_of(candidate.anchor), 2
+    if value.requires_grad:
+        copies = 3 + has_divided_classes(candidate.view)
+    return _of_one_process(N * V * copies * value.dtype.itemsize, division(candidate.view))
 
 
 def bytes_needed(candidate: Candidate, needs: tuple[bool, bool, bool] | None, policy: Policy) -> sympy.Expr:
@@ -58,7 +59,18 @@ def bytes_needed(candidate: Candidate, needs: tuple[bool, bool, bool] | None, po
         copies += item * N * D
     again = any(wanted) and needs is None
     at_work = gradients + copies + _workspace(candidate, again, policy) + _PER_ROW * exact * N
-    return sympy.Max(at_work, gradients + cast) if cast else at_work
+    rows, classes = division(view)
+    if classes > 1:
+        at_work += _SENT * (classes + 1) * exact * N
+    # A sum over processes is a tensor beside its parts: of d_hidden over the classes' processes, of d_weight over the rows'.
+    summed = [item * N * D] * (classes > 1 and wanted[0]) + [item * V * D] * (rows > 1 and wanted[1])
+    later = [gradients + more for more in ([cast] * bool(cast) + summed)]
+    return _of_one_process(sympy.Max(at_work, *later), (rows, classes))
+
+
+def _of_one_process(bytes: sympy.Expr, divided: tuple[int, int]) -> sympy.Expr:
+    rows, classes = divided
+    return bytes if divided == (1, 1) else bytes.subs({N: N / rows, V: V / classes}, simultaneous=True)
 
 
 def _is_cast(operand: Operand, dtype: torch.dtype) -> bool:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch.fx import Node
@@ -24,24 +25,37 @@ def has_sharded_head(view: LogitsView) -> bool:
 
 def refusal(candidate: Candidate) -> str | None:
     """Why a loss on a head of DTensors is left alone, or None."""
-    from ..distributed.dtensor import layout_of
-
     view = candidate.view
     if candidate.result is not Result.LOSS:
         return "a statistic of distributed logits that is not a loss"
     if any(step.name != "t" for step in view.weight.steps):
         return "a weight that is changed on the way to distributed logits"
-    layout = layout_of(value_of(view.hidden.node), value_of(view.weight.node), transposed=bool(view.weight.steps))
+    placements = getattr(value_of(candidate.anchor), "placements", ())
+    if any(p.is_partial() and not p.is_partial("sum") for p in placements):
+        return f"a loss placed {placements}: the average of each process's own mean, which is not the mean of all rows"
+    layout = _layout(view)
     return layout if isinstance(layout, str) else None
 
 
-def processes(candidate: Candidate) -> int:
-    """Among how many processes the logits of a head are divided."""
-    local = getattr(value_of(candidate.view.linear), "_local_tensor", None)
-    whole = 1
-    for size, mine in zip(value_of(candidate.view.linear).shape, () if local is None else local.shape, strict=False):
-        whole *= max(1, round(int(size) / max(1, int(mine))))
-    return whole
+def _layout(view: LogitsView) -> Any:
+    """The `Layout` of a head of DTensors, or why it is not understood."""
+    from ..distributed.dtensor import layout_of
+
+    return layout_of(value_of(view.hidden.node), value_of(view.weight.node), transposed=bool(view.weight.steps))
+
+
+def has_divided_classes(view: LogitsView) -> bool:
+    """Whether each process holds some of the classes, of a head that is understood."""
+    return has_sharded_head(view) and _layout(view).vocab is not None
+
+
+def division(view: LogitsView) -> tuple[int, int]:
+    """Among how many processes the rows and the classes of a head that is understood are divided."""
+    if not has_sharded_head(view):
+        return 1, 1
+    layout = _layout(view)
+    rows = math.prod(layout.mesh.size(dim) for dim in layout.rows)
+    return rows, 1 if layout.vocab is None else layout.mesh.size(layout.vocab)
 
 
 def write_loss(site: LossSite, operands: tuple[Any, Any, Any], target: Any, class_weight: Any, workspace: Any) -> Any:

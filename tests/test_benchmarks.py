@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import candidates, cluster, measure, peers, report, scaling, store
+from benchmarks import candidates, measure, peers, report, scale, scaling, store
 from benchmarks.__main__ import COMMANDS, main
 
 
@@ -114,13 +114,39 @@ def test_overhead_program_tells_the_parts_apart(tmp_path: Path) -> None:
     assert {r["name"]: r["modules"] for r in rows if r["part"] == "import"}["cce_fx torch"] == 2
 
 
-def test_cluster_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
-    main("cluster --tokens 1000 --width 100 --classes 8000 --tp 8 --parameters 1e9 --markdown".split())
+def test_scale_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
+    main("scale --models 8B --layouts 2x1x1,1x4x1,2x1x2+fsdp --tokens 1000 --classes 8000 --markdown".split())
     out = capsys.readouterr().out
-    # By hand: 6 D V of 6e9 flops; 14 bytes a logit.
-    assert "0.08 %" in out and "1,000 x 1,000 |" in out
-    dense, _ = cluster.predicted(cluster.Run(1000, 100, 8000, 1e9, 1))
-    assert dense == 14 * 1000 * 8000
+    assert "8B, DP 1, TP 4, SP 1" in out and "8B, 4 products" in out
+    head = scale.Head(1000, 100, 8000)
+    one, tp, sp = (scale.held(head, scale.Layout.parse(text)) for text in ("2x1x1", "2x4x1", "2x1x2+fsdp"))
+    # By hand: 12 bytes a logit, and 4 more in torch's loss on divided ones, which eager gathers.
+    logits = 1000 * 8000
+    assert (one.eager, tp.eager, sp.eager) == (12 * logits, 12 * logits, 12 * logits // 2)
+    assert (one.loss_parallel, tp.loss_parallel, sp.loss_parallel) == (12 * logits, 16 * logits // 4, 12 * logits // 2)
+    assert (one.resting, tp.resting, sp.resting) == (1600000, 400000, 400000)
+    assert one.operands == 2 * 100 * 9000 and tp.operands == 2 * 100 * 3000
+    wide = scale.held(scale.Head(10, 1000, 8000), scale.Layout())
+    assert wide.eager == 2 * (1000 * 8010 + 10 * 8000)  # the gradients, and that of the logits
+    assert max(one.cut, tp.cut, sp.cut) < one.eager / 2
+    machine = scale.MACHINES["H100"]
+    times = [scale.seconds(head, layout, machine, 0.5, 1e11) for layout in (scale.Layout(), scale.Layout(tensor=4))]
+    product = 2 * 1000 * 100 * 8000 / (0.5 * machine.flops(torch.bfloat16))
+    assert times[0]["cut"] == pytest.approx(3 * product) and times[1]["cut"] > product
+    assert times[0]["eager"] - times[0]["cut"] == pytest.approx(24 * logits / machine.memory_rate)
+
+
+def test_the_page_shows_what_the_arithmetic_gives(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["scale", "--markdown"])
+    table = capsys.readouterr().out.split("\n\n")[1].strip()
+    page = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text()
+    assert report.placed(page, "scale", table) == page, "run: python -m benchmarks scale --markdown"
+
+
+@pytest.mark.parametrize("text", ["8", "8x8", "8x8x1+tp", "ax1x1"])
+def test_a_layout_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ValueError):
+        scale.Layout.parse(text)
 
 
 def test_report_fills_the_places_of_a_page() -> None:

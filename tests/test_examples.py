@@ -4,6 +4,7 @@
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -43,7 +44,10 @@ def run(folder: Path, script: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("script", ["train_lm.py", "hf_trainer.py", "recommender.py"])
+USERS = ["train_lm.py", "hf_trainer.py", "recommender.py", "train_distributed.py"]
+
+
+@pytest.mark.parametrize("script", USERS)
 def test_help_says_what_it_does(script, tmp_path):
     text = run(tmp_path, script, "--help")
     assert "usage" in text and "--steps" in text
@@ -51,7 +55,7 @@ def test_help_says_what_it_does(script, tmp_path):
 
 def test_no_example_imports_the_package():
     """The point of the examples: one string is all that a program has to know."""
-    for script in ("train_lm.py", "hf_trainer.py", "recommender.py"):
+    for script in USERS:
         assert "cce_fx" not in (EXAMPLES / script).read_text(encoding="utf-8")
 
 
@@ -140,6 +144,40 @@ def test_recommender_needs_less_memory(tmp_path):
     summary = json.loads((tmp_path / "out" / "recommender.json").read_text())
     assert summary["cce"]["largest_difference"] < 1e-3
     assert summary["cce"]["peak_above_own_bytes"] < summary["eager"]["peak_above_own_bytes"]
+
+
+def distributed(folder: Path, *arguments: str) -> tuple[str, float]:
+    """What train_distributed.py prints on two processes, and the peak memory of a step in MiB."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    small = ["--vocab", "8192", "--width", "32", "--length", "128", "--steps", "5"]
+    done = subprocess.run(
+        [*launch, *command("train_distributed.py", *small, *arguments)[1:]],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout, float(re.search(r"peak memory .*: ([\d.]+) MiB", done.stdout)[1])
+
+
+@pytest.mark.parametrize("way", [[], ["--fsdp"], ["--tp"]], ids=["DDP", "FSDP2", "TP"])
+def test_train_distributed_goes_as_in_one_process(way, tmp_path):
+    text, cut = distributed(tmp_path, *way, "--check")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", text)]
+    assert len(losses) == 5 and abs(losses[0] - math.log(8192)) < 1 and losses[-1] < losses[0]
+    assert float(re.search(r"one process in eager: (\S+)", text)[1]) < 1e-4
+    _, eager = distributed(tmp_path, *way, "--backend", "eager")
+    logits = 512 * 8192 * 4 / 2**20  # of one process, whichever way they are divided
+    assert cut < eager - logits
+
+
+def test_train_distributed_says_how_it_is_started(tmp_path):
+    done = subprocess.run(
+        command("train_distributed.py"), env=environment(), capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "torchrun" in done.stderr
 
 
 def test_custom_pipeline_rewrites_and_declines(tmp_path):

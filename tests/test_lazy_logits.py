@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure import peak_bytes
+from benchmarks.measure import allocations, peak_bytes
 from cce_fx import LazyLogits
 
 V, D = 1200, 16
@@ -248,6 +248,39 @@ def test_in_place_changes_show_in_the_logits_and_their_views(setup: Any) -> None
         del model
 
 
+def test_detaching_in_place_reads_nothing_and_lets_the_graph_go(setup: Any) -> None:
+    model, compiled, x, y = setup
+    want = model(x, y)[1].detach()
+    lazy = compiled(x, y)[1]
+    graph = weakref.ref(lazy.chain.hidden.grad_fn)
+    with Largest() as seen:
+        assert not lazy._is_view() and lazy.detach_() is lazy
+    assert seen.size < V and graph() is None
+    assert unread(lazy) and not lazy.requires_grad
+    torch.testing.assert_close(lazy + 0, want)
+    stale = compiled(x, y)[1].detach_()
+    with torch.no_grad():
+        model.head.weight.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        stale.sum()
+
+
+def test_detaching_in_place_leaves_views_their_gradient(setup: Any) -> None:
+    model, compiled, x, y = setup
+    results = []
+    for call in (compiled, model):
+        logits = call(x[0], y[0])[1]
+        view = logits.transpose(0, 1)
+        logits.detach_()
+        assert view._is_view() and not logits._is_view() and not logits.requires_grad
+        view.pow(2).sum().backward()
+        results.append(grads(model))
+        with pytest.raises(RuntimeError, match="Can't detach views in-place"):
+            call(x[0], y[0])[1].transpose(0, 1).detach_()
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("how", ["pickle", "deepcopy", "torch.save"])
 def test_copies_are_plain_tensors(setup: Any, how: str) -> None:
     _, compiled, x, y = setup
@@ -373,6 +406,19 @@ PARTS = {
     "the last token": lambda z: z[:, -1, :].softmax(-1) * 2,
     "two rows, scaled, classes first": lambda z: (z.flatten(0, 1)[3:5].float() / 2).t().exp(),
 }
+
+
+@pytest.mark.parametrize("workspace", [1 << 18, 1 << 20])
+def test_a_loss_outside_the_graph_keeps_to_the_options(workspace: int) -> None:
+    torch._dynamo.reset()
+    model, x, y = Model(), torch.randn(512, D), torch.randint(0, V, (512,))
+    run = torch.compile(model, backend="cce", options={"inner": "aot_eager", "workspace": workspace})
+
+    def step() -> None:
+        F.cross_entropy(run(x), y).backward()
+
+    step()
+    assert workspace / 2 < max(allocations(step)[1]) <= workspace
 
 
 @pytest.mark.parametrize("name", PARTS)

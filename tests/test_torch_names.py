@@ -4,11 +4,15 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
 
 from cce_fx import _torch
@@ -18,6 +22,8 @@ SOURCES = [p for folder in ("cce_fx", "passes", "kernels") for p in sorted((ROOT
 SAMPLES = {
     "torch:Tensor": torch.empty(0),
     "torch:UntypedStorage": torch.empty(0).untyped_storage(),
+    "torch.distributed.fsdp:FSDPState": FSDPState(),
+    "torch.distributed.fsdp:FSDPParamGroup": FSDPParamGroup,
     "torch.nn:Module": torch.nn.Linear(1, 1),
     "torch.distributed.tensor:DTensor": DTensor,
     "torch.fx:Node": next(iter(torch.fx.symbolic_trace(torch.nn.Linear(1, 1)).graph.nodes)),
@@ -35,6 +41,12 @@ def test_this_torch_has(name: str) -> None:
 @pytest.mark.parametrize(("owner", "name"), _torch.ATTRIBUTES)
 def test_objects_of_this_torch_have(owner: str, name: str) -> None:
     assert hasattr(SAMPLES[owner], name), f"torch lost {owner}.{name}: {_torch.ATTRIBUTES[owner, name]}"
+
+
+def test_the_parameters_of_fsdp_are_named_as_they_were() -> None:
+    """Named by annotations alone, and looked for with a default."""
+    assert {"_unsharded_param", "sharded_param"} <= set(FSDPParam.__annotations__)
+    assert "fsdp_params" in inspect.getsource(FSDPParamGroup.__init__)
 
 
 def test_the_tag_of_caches_is_there() -> None:

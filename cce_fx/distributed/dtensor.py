@@ -91,8 +91,8 @@ def sharded_loss(
     """The loss of a head of DTensors: () for "mean" and "sum", `Partial` over the dimensions that divide rows; else as target.
 
     `reduce_hidden` says whether d_hidden is summed over the vocabulary here; else it is handed on as `Partial`, which the
-    operation before hidden has to take. `needs` as `KernelSpec`; gradients can be made in the forward only where the
-    vocabulary is whole. Raises ValueError for a layout that is not understood.
+    operation before hidden has to take. `needs` as `KernelSpec`, None where the classes are divided. Raises ValueError for a
+    layout that is not understood.
     """
     layout = layout_of(hidden, weight)
     if isinstance(layout, str):
@@ -112,7 +112,7 @@ def sharded_loss(
     shard = layout.shard(weight.shape[0])
     division = Divided(shard, tuple((mesh, m) for m in layout.rows), reduce_hidden=False)
     loss = LossSpec(reduction, ignore_index, label_smoothing, Epilogue(scale, softcap, post_scale))
-    kernel = KernelSpec(None if needs is None or shard else Needs(*needs), autocast=False, workspace=workspace)
+    kernel = KernelSpec(None if needs is None else Needs(*needs), autocast=False, workspace=workspace)
     out = site_loss(
         local_hidden.reshape(-1, local_hidden.shape[-1]),
         local_weight,

@@ -180,6 +180,29 @@ def test_sequence_and_vocabulary_on_a_mesh_of_four(four: Workers, form: str) -> 
     four.run(grid_step, form)
 
 
+def own_means() -> None:
+    """`F.cross_entropy`'s mean of DTensors divided by rows: torch averages the means, whatever each process ignores."""
+    mesh = init_device_mesh("cpu", (2,))
+    gen = torch.Generator().manual_seed(0)
+    h, w = torch.randn(ROWS, WIDTH, generator=gen), torch.randn(VOCAB, WIDTH, generator=gen)
+    y = torch.randint(VOCAB, (ROWS,), generator=gen)
+    y[:5] = -100  # of one process
+    h, y = (distribute_tensor(t, mesh, [Shard(0)]) for t in (h, y))
+    w = distribute_tensor(w, mesh, [Replicate()]).requires_grad_()
+
+    def loss(h: Any, w: Any, y: Any) -> Any:
+        return F.cross_entropy(F.linear(h, w), y)
+
+    counters.clear()
+    found = torch.compile(loss, backend="cce", options={"inner": "aot_eager"})(h, w, y)
+    assert_same({"loss": whole(found)}, {"loss": whole(loss(h, w, y))})
+    assert counters["cce_fx"] == {"rewritten": 0, "declined_subclass": 1}
+
+
+def test_an_average_of_means_is_left_alone(two: Workers) -> None:
+    two.run(own_means)
+
+
 # --- plain tensors -----------------------------------------------------------------------------------------------------
 
 
