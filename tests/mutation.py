@@ -93,9 +93,21 @@ FAULTS = [
     ),
     Fault(
         "a likely target is not taken off",
-        "kernels/held.py",
+        "kernels/block.py",
         "torch.where(likely, at_hit / scale[row], 0)",
         "0 * at_hit",
+    ),
+    Fault(
+        "a filter leaves out twice what it may",
+        "kernels/filtered.py",
+        "bound = self.eps * (weight / top).double()",
+        "bound = 2 * self.eps * (weight / top).double()",
+    ),
+    Fault(
+        "nothing stands for what a filter left out",
+        "kernels/filtered.py",
+        "mean = sums.masked_fill(kept, 0)",
+        "mean = 0 * sums.masked_fill(kept, 0)",
     ),
     Fault(
         "lazy rows are those of the whole",
@@ -173,7 +185,7 @@ def red(fault: Fault, where: Path) -> bool:
     path.write_text(text.replace(fault.old, fault.new))
     try:
         names = ("forms", "semantics", "lazy_logits", "programs", "ops")  # the quickest first
-        tests = [f"tests/test_{name}.py" for name in names]
+        tests = ["tests/kernels/test_filtered.py", *(f"tests/test_{name}.py" for name in names)]
         env = {**os.environ, "PYTHONPATH": str(where), "CCE_FX_PROGRAMS": "80"}
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]
         return subprocess.run(command, cwd=where, env=env, capture_output=True).returncode == 1
