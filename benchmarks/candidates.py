@@ -85,7 +85,8 @@ def compiled(backend: str, **options: object) -> Callable[[], Loss]:
 
     def make() -> Loss:
         own = types.FunctionType(dense.__code__.replace(co_name=f"dense_{backend}"), dense.__globals__)
-        return torch.compile(own, backend=backend, options=options or None)
+        # Else sizes turn symbols for all that comes after a peer that compiles with dynamic=True.
+        return torch.compile(own, backend=backend, dynamic=False, options=options or None)
 
     return make
 

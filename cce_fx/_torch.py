@@ -53,6 +53,9 @@ NAMES: dict[str, Private] = {
     "statically_known_true": Private(
         "torch.fx.experimental.symbolic_shapes:statically_known_true", "compares sizes without adding a guard"
     ),
+    "is_concrete_int": Private(
+        "torch.fx.experimental.symbolic_shapes:is_concrete_int", "a symbol that a graph has fixed to a number"
+    ),
     "GraphAppendingTracer": Private("torch.fx.proxy:GraphAppendingTracer", "writes proxies' operations into a graph"),
     "OpOverload": Private("torch._ops:OpOverload", "targets of aten graphs"),
     "OpOverloadPacket": Private("torch._ops:OpOverloadPacket", "targets of `make_fx` without an overload"),
@@ -106,6 +109,12 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
     ("torch.fx:Node", "_erased"): "whether a node is still in its graph",
     ("torch._ops:OpOverload", "_schema"): "an operator's name and which arguments it writes to",
     ("torch._ops:OpOverloadPacket", "_qualified_op_name"): "an operator's namespace",
+}
+
+# The same, of attributes that not every torch or every object has: they are looked for with a default.
+OPTIONAL: dict[tuple[str, str], str] = {
+    ("torch.distributed.fsdp:FSDPState", "_fsdp_param_groups"): "several groups of a module, in newer versions",
+    ("torch.distributed.fsdp:FSDPParam", "_unsharded_param"): "the gathered weight, once there is one",
 }
 
 # Used where nothing of the project may be imported: `kernels/` stands alone.

@@ -39,6 +39,7 @@ class Reason(enum.Enum):
     )
     SMALL = "the logits are too small to be worth it"
     NO_META = "the shapes in the graph are not known; pass example inputs"
+    DYNAMIC = "the hidden size or the number of classes is not fixed in the graph"
     USED = "the logits are needed for something else as well, so leaving them out of this saves nothing"
     OPTION = "an argument of the loss is not a constant, or has a value that the loss itself would refuse"
     INTERNAL = "the rewritten loss would differ in shape or dtype; please report this"
@@ -58,6 +59,7 @@ ADVICE = {
     Reason.SUBCLASS: "nothing to do: such heads run as they were",
     Reason.SMALL: "nothing to do; options={'min_vocab': 0} cuts it all the same",
     Reason.NO_META: "pass example_inputs",
+    Reason.DYNAMIC: "make the weight a parameter of the model, or leave dynamic=True out",
     Reason.USED: "drop the other use, or compute it from hidden",
     Reason.OPTION: "make the argument a Python constant",
     Reason.INTERNAL: "report it with the program",

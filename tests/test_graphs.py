@@ -110,3 +110,19 @@ def test_a_graph_without_shapes_asks_for_them() -> None:
     assert declined.reason == "NO_META" and "example_inputs" in declined.advice
     inputs = (torch.randn(N, D), torch.randint(V, (N,)))
     assert cce_fx.rewrite(torch.fx.symbolic_trace(Model("cross_entropy")), inputs)[1].rewritten
+
+
+@pytest.mark.parametrize("weight", ["parameter", "argument"])
+def test_sizes_of_a_head_may_be_symbols_that_are_fixed(weight: str) -> None:
+    torch.compiler.reset()
+    head, counts = torch.nn.Linear(D, V), torch._dynamo.utils.counters["cce_fx"]
+    counts.clear()
+    program = {
+        "parameter": lambda x, w, y: F.cross_entropy(head(x), y),
+        "argument": lambda x, w, y: F.cross_entropy(F.linear(x, w), y),
+    }[weight]
+    inputs = (torch.randn(N, D), torch.randn(V, D, requires_grad=True), torch.randint(V, (N,)))
+    options = {"inner": "eager", "min_vocab": 0}
+    found = torch.compile(program, backend="cce", dynamic=True, options=options)(*inputs)
+    torch.testing.assert_close(found, program(*inputs))
+    assert (counts["rewritten"], counts["declined_dynamic"]) == ((1, 0) if weight == "parameter" else (0, 1))

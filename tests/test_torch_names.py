@@ -118,7 +118,7 @@ def attribute_of(node: ast.AST) -> str | None:
 
 def test_private_attributes_are_listed() -> None:
     listed = (
-        {name for _, name in _torch.ATTRIBUTES}
+        {name for _, name in (*_torch.ATTRIBUTES, *_torch.OPTIONAL)}
         | {p.split(".")[-1] for _, p in _torch.ELSEWHERE}
         | own_names()
         | NAMEDTUPLES

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from ..._torch import is_concrete_int
 from ..canonical import canonical
 from ..registry import Call, Outcome, is_constant, rule
-from ..values import LogitsView, Operand, value_of
+from ..values import Decline, LogitsView, Operand, Reason, value_of
 
 
 def _plain(*nodes: Any, dims: tuple[int | None, ...]) -> bool:
@@ -27,7 +28,7 @@ def _plain(*nodes: Any, dims: tuple[int | None, ...]) -> bool:
 
 def _head(
     call: Call, hidden: Node, weight: Operand, bias: Node | None, class_dim: int = -1, size: Any = None
-) -> LogitsView | None:
+) -> LogitsView | Decline | None:
     """A view that begins here; `size` is D, by default the last of hidden's sizes."""
     result = call.result
     if not isinstance(result, torch.Tensor) or not result.dtype.is_floating_point:
@@ -35,7 +36,10 @@ def _head(
     if result.device.type == "meta":  # nothing to save, and no kernel to be had
         return None
     size = value_of(hidden).shape[-1] if size is None else size
-    if not isinstance(size, int) or not isinstance(result.shape[class_dim], int) or not result.shape[class_dim]:
+    if not is_concrete_int(size) or not is_concrete_int(result.shape[class_dim]):
+        return Decline(Reason.DYNAMIC, call.node)
+    shape = tuple(int(n) if is_concrete_int(n) else n for n in result.shape)
+    if not shape[class_dim]:
         return None
     if not _multiplies(
         call.node, result.dtype, {value_of(n).dtype for n in (hidden, weight.node, bias) if n is not None}
@@ -43,13 +47,13 @@ def _head(
         return None
     return LogitsView(
         linear=call.node,
-        hidden_size=size,
+        hidden_size=int(size),
         hidden=Operand(hidden),
         weight=weight,
         bias=None if bias is None else Operand(bias),
         dtype=result.dtype,
         class_dim=class_dim % result.dim(),
-        shape=tuple(result.shape),
+        shape=shape,
         path=(call.node,),
     )
 
@@ -170,11 +174,11 @@ def _einsum(call: Call, rows: str, per_class: str, out: str, hidden: Any, weight
 
 def _moved_head(
     call: Call, hidden: Node, hidden_dim: int, weight: Operand, bias: Node | None, class_dim: int
-) -> LogitsView | None:
+) -> LogitsView | Decline | None:
     """A head on a hidden state whose D is at `hidden_dim`, with V at `class_dim` of the result."""
     size = value_of(hidden).shape[hidden_dim]
     view = _head(call, hidden, weight, bias, class_dim, size)
-    if view is None or hidden_dim == class_dim:
+    if not isinstance(view, LogitsView) or hidden_dim == class_dim:
         return view
     return replace(view, hidden=view.hidden.then("movedim", torch.movedim, hidden_dim, class_dim))
 
