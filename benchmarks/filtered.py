@@ -63,7 +63,7 @@ def measure(problem: Problem, bounds: list[float], rounds: int) -> View:
     rows = RowGrads(torch.full((n,), 1 / n))
 
     def call(eps: float | None, report: list[Dropped] | None = None) -> tuple[float, Grads]:
-        stats, grads = tiled.forward_backward(replace(problem, filter_eps=eps), rows, _NEEDS, report)
+        stats, grads = tiled.forward_backward(replace(problem, filter_eps=eps), rows, _NEEDS, report=report)
         return float(stats.nll.mean()), grads
 
     loss, exact = call(None)

@@ -70,7 +70,7 @@ def _finite(norm: Norm, grads: Grads) -> bool:
 
 
 def forward_backward(
-    problem: Problem, grads: RowGrads, needs: Needs, report: list[Dropped] | None = None
+    problem: Problem, grads: RowGrads, needs: Needs, *, report: list[Dropped] | None = None
 ) -> tuple[Stats, Grads]:
     """Stats (N,), and the gradients of sum(grads * stats). `report` gets what a filter left out."""
     _check(problem)

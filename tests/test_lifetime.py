@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import cce_fx
 from benchmarks.measure import allocations
 from cce_fx import LazyLogits
-from cce_fx.kernels import held, sweeps
+from cce_fx.kernels import block, sweeps
 
 ROWS, D, V = 24, 8, 1100
 
@@ -206,7 +206,7 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, module: Any, call: int) -> None
 
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize(
-    ("strategy", "module"), [("grads_in_forward", held), ("recompute", sweeps)], ids=["held", "recompute"]
+    ("strategy", "module"), [("grads_in_forward", block), ("recompute", sweeps)], ids=["held", "recompute"]
 )
 def test_an_interrupt_inside_the_kernel(
     monkeypatch: pytest.MonkeyPatch, no_gc: None, ctrl_c: None, strategy: str, module: Any, call: int
@@ -215,7 +215,7 @@ def test_an_interrupt_inside_the_kernel(
     h, w = (torch.randn(*s, generator=gen).requires_grad_() for s in ((ROWS, D), (V, D)))
     y = torch.randint(V, (ROWS,), generator=gen)
 
-    workspace = None if module is held else 1 << 16  # all of it, or a tile at a time
+    workspace = None if module is block else 1 << 16  # all of it, or a tile at a time
 
     def step() -> list[Tensor]:
         loss = cce_fx.linear_cross_entropy(h, w, y, strategy=strategy, workspace=workspace)  # type: ignore[arg-type]

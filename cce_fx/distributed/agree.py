@@ -40,6 +40,7 @@ def agree(group: dist.ProcessGroup, what: str, choice: str) -> None:
     for rank in range(group.size()):
         theirs = _read(store, f"{prefix}/{rank}", what, rank, group)
         if theirs != choice:
+            known.append("")  # the next try has names of its own in the store, where these choices stay
             raise RuntimeError(
                 f"processes differ in the options of {what}: rank {mine} of group {group.group_name!r} has {choice}, rank "
                 f"{rank} has {theirs}. Give every process the same options, model and versions."

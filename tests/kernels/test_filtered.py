@@ -24,7 +24,7 @@ COMPILED = native._load()
 
 def run(p: Problem, grads: RowGrads, needs: Needs = ALL) -> tuple[Grads, Grads, list]:
     report: list = []
-    stats, found = tiled.forward_backward(p, grads, needs, report)
+    stats, found = tiled.forward_backward(p, grads, needs, report=report)
     plain, exact = tiled.forward_backward(replace(p, filter_eps=None), grads, needs)
     for a, b in zip(stats, plain, strict=True):
         torch.testing.assert_close(a, b, equal_nan=True)
