@@ -35,6 +35,9 @@ class Peer:
     def calls(self, hidden: Tensor, weight: Tensor, target: Tensor) -> dict[str, Call]:
         """A call for each mode, for hidden and weight that require gradients."""
         loss = self.make()
+        # The same memory as tensors of its own: a peer may mark sizes as dynamic on those that it is given, for all after it.
+        hidden, weight = (t.detach().requires_grad_() for t in (hidden, weight))
+        target = target.detach()
 
         def train() -> object:
             return torch.autograd.grad(loss(hidden, weight, target), (hidden, weight))
@@ -85,8 +88,7 @@ def compiled(backend: str, **options: object) -> Callable[[], Loss]:
 
     def make() -> Loss:
         own = types.FunctionType(dense.__code__.replace(co_name=f"dense_{backend}"), dense.__globals__)
-        # Else sizes turn symbols for all that comes after a peer that compiles with dynamic=True.
-        return torch.compile(own, backend=backend, dynamic=False, options=options or None)
+        return torch.compile(own, backend=backend, options=options or None)
 
     return make
 

@@ -192,3 +192,13 @@ def test_filtered_program_trains_and_measures(tmp_path: Path, capsys: pytest.Cap
     main(f"filtered --steps 5 --vocab 3000 --width 8 --bounds 0.2 --workspace 8 --rounds 1 --states {tmp_path}".split())
     lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| filter_eps=0.2")]
     assert len(lines) == 1 and 0 < float(lines[0][5]) < 0.2 and 0 < float(lines[0][7]) <= 0.2
+
+
+def test_each_peer_has_tensors_of_its_own() -> None:
+    """cut-cross-entropy marks sizes of what it is given as dynamic, and a head with such sizes is declined."""
+    values = candidates.inputs(256, 16, 3000, torch.float32)
+    made = {p.name: p for p in candidates.peers("cpu")}
+    made["cut-cross-entropy, torch_compile"].calls(*values)["train"]()
+    torch._dynamo.utils.counters["cce_fx"].clear()
+    made["cce_fx"].calls(*values)["train"]()
+    assert torch._dynamo.utils.counters["cce_fx"]["rewritten"] == 1
