@@ -130,7 +130,10 @@ ELSEWHERE: dict[tuple[str, str], str] = {
 def find(home: str) -> Any:
     """What "module:attribute" names. Raises ImportError or AttributeError where torch does not have it."""
     module, _, attribute = home.partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    owner = importlib.import_module(module)
+    if hasattr(owner, attribute):
+        return getattr(owner, attribute)
+    return importlib.import_module(f"{module}.{attribute}")  # a module that nobody has imported yet
 
 
 def __getattr__(name: str) -> Any:

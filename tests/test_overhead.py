@@ -36,6 +36,12 @@ def test_the_functional_form_imports_no_compiler() -> None:
     assert modules_after(code, *names) == dict.fromkeys(names, False)
 
 
+def test_the_distributed_form_imports_what_it_needs() -> None:
+    assert modules_after("import torch, cce_fx.distributed", "cce_fx.distributed.vocab") == {
+        "cce_fx.distributed.vocab": True
+    }
+
+
 def test_the_backend_imports_no_kernel_of_another_device() -> None:
     code = "import torch, cce_fx.backend"
     names = ("cce_fx.kernels.triton", "cce_fx.kernels.reference", "matplotlib", "rich", "transformers")
