@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -223,16 +223,14 @@ def linear_cross_entropy(
     `input, linear_weight, target, linear_bias, weight`.
     """
     _check_tensors(hidden=hidden, weight=weight, target=target, bias=bias, class_weight=class_weight)
-    check_arguments(hidden, weight, target, class_weight)
+    check_shapes(hidden, weight, target)
+    check_class_weight(class_weight, weight.shape[0])
     _check_numbers(scale=scale, softcap=softcap, post_scale=post_scale, label_smoothing=label_smoothing)
     for name, value in (("ignore_index", ignore_index), ("workspace", workspace)):
         if type(value) is not int and (value is not None or name == "ignore_index"):
             raise TypeError(f"{name} is an int{' or None' if name == 'workspace' else ''}, not {value!r}")
     loss = LossSpec(reduction, ignore_index, label_smoothing, Epilogue(scale, softcap, post_scale))
-    low = hidden.dtype
-    meta = hidden.device.type == "meta"  # which has no autocast, and says so by an error
-    if not meta and torch.is_autocast_enabled(hidden.device.type) and low != torch.float64:
-        low = torch.get_autocast_dtype(hidden.device.type)
+    low = autocast_dtype(hidden) or hidden.dtype
     needs = None
     if strategy not in ("auto", "grads_in_forward", "recompute"):
         raise ValueError(f"strategy is 'auto', 'grads_in_forward' or 'recompute', not {strategy!r}")
@@ -246,12 +244,20 @@ def linear_cross_entropy(
     return out.view(target.shape) if reduction == "none" else out
 
 
+def autocast_dtype(hidden: Tensor) -> torch.dtype | None:
+    """What `F.linear` would cast a hidden state to; None where autocast is off or leaves its dtype alone."""
+    device = hidden.device.type
+    # meta has no autocast, and says so by an error
+    if device == "meta" or hidden.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def filter_bound(filter_eps: float | Literal["auto"] | None, dtype: torch.dtype) -> float | None:
     """What a kernel is told of the option for a head in `dtype`. Raises ValueError for a value outside its range."""
     if filter_eps == "auto":
-        return (
-            torch.finfo(dtype).eps / 4
-        )  # as much again is put in the place of what is left out; rounding is half of eps
+        # As much again is put in the place of what is left out, and rounding is half of eps.
+        return torch.finfo(dtype).eps / 4
     if not is_filter(filter_eps):
         raise ValueError(f"filter_eps is None, 'auto' or a number in [0, 1), not {filter_eps!r}")
     return filter_eps
@@ -260,7 +266,11 @@ def filter_bound(filter_eps: float | Literal["auto"] | None, dtype: torch.dtype)
 def is_filter(filter_eps: object) -> bool:
     if filter_eps is None or filter_eps == "auto":
         return True
-    return isinstance(filter_eps, (int, float)) and not isinstance(filter_eps, bool) and 0 <= filter_eps < 1
+    return _is_number(filter_eps) and 0 <= filter_eps < 1
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def makes_grads_in_forward(strategy: str, reduction: str, dtype: torch.dtype) -> bool:
@@ -302,12 +312,11 @@ def _check_tensors(**tensors: Tensor | None) -> None:
 def _check_numbers(**values: float | None) -> None:
     """Raise TypeError on what is not a Python number: a tensor's gradient would be lost without a word."""
     for name, value in values.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number and (value is not None or name != "softcap"):
+        if not _is_number(value) and (value is not None or name != "softcap"):
             raise TypeError(f"{name} is a number, not {value!r}")
 
 
-def check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, class_weight: Tensor | None) -> None:
+def check_shapes(hidden: Tensor, weight: Tensor, target: Tensor) -> None:
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
         raise ValueError(f"hidden is (..., D) and weight (V, D), not {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if target.shape != hidden.shape[:-1]:
@@ -316,9 +325,14 @@ def check_arguments(hidden: Tensor, weight: Tensor, target: Tensor, class_weight
         )
     if weight.shape[0] == 0:
         raise ValueError("weight has no classes")
-    if class_weight is not None and class_weight.shape != (weight.shape[0],):
-        raise ValueError(f"class_weight is ({weight.shape[0]},), one entry per class, not {tuple(class_weight.shape)}")
-    if class_weight is not None and class_weight.requires_grad:
+
+
+def check_class_weight(class_weight: Tensor | None, classes: int) -> None:
+    if class_weight is None:
+        return
+    if class_weight.shape != (classes,):
+        raise ValueError(f"class_weight is ({classes},), one entry per class, not {tuple(class_weight.shape)}")
+    if class_weight.requires_grad:
         raise ValueError("class_weight has no gradient, here as in F.cross_entropy; pass it detached")
 
 

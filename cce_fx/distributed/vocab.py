@@ -16,7 +16,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._torch import functional_collectives as funcol
-from ..functional import Division, KernelSpec, LossSpec, Reduction, check_arguments, site_loss
+from ..functional import (
+    Division,
+    KernelSpec,
+    LossSpec,
+    Reduction,
+    autocast_dtype,
+    check_class_weight,
+    check_shapes,
+    site_loss,
+)
 from ..kernels.combine import combine, finish
 from ..kernels.spec import Epilogue, Needs, Partials
 from ..op import statistics_dtype
@@ -167,15 +176,12 @@ def linear_cross_entropy(
         ValueError, TypeError, IndexError: as `cce_fx.linear_cross_entropy`.
         RuntimeError: processes of `vocab_group` or `row_groups` that differ in an argument that has to be the same.
     """
-    check_arguments(hidden, weight, target, class_weight)
+    check_shapes(hidden, weight, target)
     loss = LossSpec(reduction, ignore_index, label_smoothing, Epilogue(scale, softcap, post_scale))
-    shard = None
-    if vocab_group is not None:
-        shard = _shard(vocab_group, weight.shape[0], start, classes)
-        _agree(vocab_group, loss, shard.classes)
-    classes = weight.shape[0] if classes is None else classes
-    total = shard.classes if shard else classes
-    for group in row_groups:
+    shard = None if vocab_group is None else _shard(vocab_group, weight.shape[0], start, classes)
+    total = shard.classes if shard else weight.shape[0] if classes is None else classes
+    check_class_weight(class_weight, total)
+    for group in (*(() if shard is None else (vocab_group,)), *row_groups):
         _agree(group, loss, total)
     held = max(0, min(weight.shape[0], total - (shard.start if shard else 0)))
     if held < weight.shape[0]:
@@ -213,7 +219,7 @@ def process_group(group: Group) -> dist.ProcessGroup:
 
 def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """As F.linear under autocast."""
-    if not torch.is_autocast_enabled(hidden.device.type) or hidden.dtype == torch.float64:
+    dtype = autocast_dtype(hidden)
+    if dtype is None:
         return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(hidden.device.type)
     return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)

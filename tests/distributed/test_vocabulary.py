@@ -214,6 +214,8 @@ def plain_step(how: dict[str, Any]) -> None:
     hidden, weight = (torch.randn(n, WIDTH, generator=gen) for n in (ROWS, held * world))
     bias, target = torch.randn(held * world, generator=gen), torch.randint(VOCAB, (ROWS,), generator=gen)
     target[:4] = -100
+    if how.get("class_weight") == "drawn":
+        how = {**how, "class_weight": torch.rand(VOCAB, generator=gen)}
     given = [t.clone().requires_grad_() for t in (hidden, weight, bias)]
     expected = linear_cross_entropy(given[0], given[1][:VOCAB], target, bias=given[2][:VOCAB], **how)
     (expected * 3).sum().backward()
@@ -231,7 +233,14 @@ def plain_step(how: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    "how", [{}, {"reduction": "none", "softcap": 5.0}, {"label_smoothing": 0.1, "reduction": "sum"}], ids=str
+    "how",
+    [
+        {},
+        {"reduction": "none", "softcap": 5.0},
+        {"label_smoothing": 0.1, "reduction": "sum"},
+        {"label_smoothing": 0.1, "class_weight": "drawn"},
+    ],
+    ids=str,
 )
 def test_plain_shards_of_a_padded_vocabulary(two: Workers, how: dict[str, Any]) -> None:
     two.run(plain_step, how)
