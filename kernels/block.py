@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -138,15 +139,28 @@ class Exact:
                 accumulate(total, tile, scaled, fresh)
                 if hit is not None:
                     total.index_add_(0, hit.column, self.hidden[hit.row].mul_(at_hit[:, None]))
-                if self.c.uniform is not None:
-                    total.addr_(head.uniform(start, stop), self.c.uniform @ self.hidden, alpha=-1)
+                self._take_uniform(total, start)
         if out.bias is not None:
             ones = torch.ones_like(scale) if out.weight is not None and self.scales_tiles else scale
             total = out.bias[start:stop].addmv_(tile, ones)
             if hit is not None:
                 total.index_add_(0, hit.column, at_hit)
-            if self.c.uniform is not None:
-                total.sub_(head.uniform(start, stop) * self.c.uniform.sum())
+            self._take_uniform(total, start)
+
+    def _take_uniform(self, total: Tensor, start: int) -> None:
+        """Take the uniform part off the gradient of the weight (C, D) or of the bias (C,) of the classes from `start` on."""
+        if self.c.uniform is None:
+            return
+        of_class = self.head.uniform(start, start + len(total))
+        if total.dim() == 2:
+            total.addr_(of_class, self.uniform_hidden, alpha=-1)
+        else:
+            total.sub_(of_class * self.c.uniform.sum())
+
+    @functools.cached_property
+    def uniform_hidden(self) -> Tensor:
+        """(D,) sum over rows of their uniform coefficient times hidden."""
+        return self.c.uniform @ self.hidden
 
     def _into_tile(
         self, tile: Tensor, hit: Hit, at_hit: Tensor, ratio: Tensor, scale: Tensor

@@ -189,7 +189,7 @@ class Filtered(Exact):
                     if hit is not None:
                         tile[torch.searchsorted(index, hit.column), hit.row] -= (self.c.hit * self.slope)[hit.row]
                     if out.bias is not None:
-                        self._add_bias(out.bias[start:stop], tile, index, start)
+                        self._take_uniform(out.bias[start:stop].index_add_(0, index, tile.sum(1)), start)
                 else:  # a part of the classes that are there already
                     again = chosen[index].nonzero()[:, 0]
                     tile, index = head.elementwise.keep(tile, again, torch.ones_like(scale)), index[again]
@@ -203,13 +203,7 @@ class Filtered(Exact):
             return
         with summed(self.out.weight[start:stop], self.head.dtype, self.block.first == 0) as (total, fresh):
             yield total.zero_() if fresh else total
-            if self.c.uniform is not None:
-                total.addr_(self.head.uniform(start, stop), self.c.uniform @ self.hidden, alpha=-1)
-
-    def _add_bias(self, total: Tensor, tile: Tensor, index: Tensor, start: int) -> None:
-        total.index_add_(0, index, tile.sum(1))
-        if self.c.uniform is not None:
-            total.sub_(self.head.uniform(start, start + len(total)) * self.c.uniform.sum())
+            self._take_uniform(total, start)
 
     def _add_hidden(self, total: Tensor | None, tile: Tensor, index: Tensor, start: int) -> None:
         head, index = self.head, index + start

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from hypothesis import given, seed, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
@@ -168,3 +170,20 @@ def assert_no_worse(
     if error > allowed + few:
         allowed = max(allowed, 1.5 * nearby())
     assert error <= allowed + few, f"{name}: error {error:.3g} against fp64, eager's {allowed:.3g} and {few:.3g} more"
+
+
+def assert_all(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], how: settings, start: int) -> None:
+    """`check` of everything drawn; each that fails is told, and not the first alone."""
+    wrong: list[str] = []
+
+    @given(strategy)
+    @how
+    @seed(start)
+    def run(drawn: Any) -> None:
+        try:
+            check(drawn)
+        except Exception as error:  # whatever it is, it is reported below
+            wrong.append(f"{type(error).__name__}: {error}\n{drawn!r}")
+
+    run()
+    assert not wrong, f"{len(wrong)} of them:\n" + "\n".join(wrong[:20])

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 import cce_fx
 from cce_fx import Options
 from cce_fx.options import split
+from tests.helpers import assert_all
 
 FEW, MANY = int(os.environ.get("CCE_FX_FUZZ", "500")), int(os.environ.get("CCE_FX_FUZZ_MANY", "20000"))
 SEED = int(os.environ.get("CCE_FX_SEED", "0"))
@@ -242,16 +243,4 @@ def test_many(kind: int) -> None:
     """20,000 in all; every one that fails is told, and not the first alone."""
     strategy = [calls(), calls(), st.one_of(st.dictionaries(NAMES, ANYTHING, max_size=3), ANYTHING)][kind]
     check: Callable[[Any], None] = [check_call, check_compiled, check_options][kind]
-    wrong: list[str] = []
-
-    @given(strategy)
-    @settings(few, max_examples=counts(MANY)[kind], derandomize=False)
-    @seed(SEED)
-    def run(drawn: Any) -> None:
-        try:
-            check(drawn)
-        except Exception as error:  # whatever it is, it is reported below
-            wrong.append(f"{type(error).__name__}: {error}\n{drawn!r}")
-
-    run()
-    assert not wrong, f"{len(wrong)} of them:\n" + "\n".join(wrong[:10])
+    assert_all(check, strategy, settings(few, max_examples=counts(MANY)[kind], derandomize=False), SEED)

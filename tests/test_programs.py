@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from torch._dynamo.utils import counters
 
-from .helpers import compare
+from .helpers import assert_all, compare
 from .programs import BY_HAND, Program, programs
 
 EXAMPLES = int(os.environ.get("CCE_FX_PROGRAMS", "350"))
@@ -60,19 +60,8 @@ def test_a_near_miss_is_left_alone(program: Program) -> None:
 @pytest.mark.parametrize("misses", [False, True], ids=["programs", "near misses"])
 def test_many_programs(misses: bool) -> None:
     """20,000 programs in all; every one that fails is told, and not the first alone."""
-    wrong: list[str] = []
-
-    @given(programs(misses=misses))
-    @settings(few, max_examples=MANY * 3 // 10 if misses else MANY * 7 // 10, derandomize=False)
-    @seed(SEED)
-    def run(program: Program) -> None:
-        try:
-            check(program)
-        except Exception as error:  # whatever it is, it is reported below
-            wrong.append(f"{type(error).__name__}: {error}\n{program!r}")
-
-    run()
-    assert not wrong, f"{len(wrong)} programs:\n" + "\n".join(wrong[:20])
+    examples = MANY * 3 // 10 if misses else MANY * 7 // 10
+    assert_all(check, programs(misses=misses), settings(few, max_examples=examples, derandomize=False), SEED)
 
 
 def test_hand_written_losses_are_many() -> None:
