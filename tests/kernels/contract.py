@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cce_fx.kernels import reference, tiled
-from cce_fx.kernels.combine import finish
+from cce_fx.kernels.combine import finish, statistics_dtype
 from cce_fx.kernels.spec import Epilogue, Needs, Problem, RowGrads, Stats
 
 ALL = Needs()
+_FEW = 8  # ulp of the numbers that a result is made of
 
 
 def assert_as_good(
@@ -37,7 +38,7 @@ def assert_as_good(
     dense = dense.double()[finite]
     allowed = (dense - exact).abs().nan_to_num(torch.inf).max()
     kind, size = torch.finfo(found.dtype), max(float(exact.abs().max()), terms)
-    few_ulp = 8 * kind.eps * size + 64 * kind.tiny
+    few_ulp = _FEW * kind.eps * size + 64 * kind.tiny
     if found.dtype == torch.float64:  # where the answer itself is of this dtype, and tells nothing of its error
         few_ulp = 1e-12 * max(size, 1.0)
     assert error.max() <= allowed + few_ulp, f"{what}: off by {error.max():.3g}, dense by {allowed:.3g} + {few_ulp:.3g}"
@@ -74,14 +75,21 @@ def smooth_terms(problem: Problem, stats: Stats) -> float:
 
 
 def gradient_terms(problem: Problem, grads: RowGrads, field: str) -> float:
-    """The size of what a gradient is a sum of: probability and one-hot times row gradient times the other factor."""
+    """The size of what a gradient is a sum of: probability and one-hot times row gradient times the other factor.
+
+    A sum of k numbers is off by up to k/2 ulp of it, in the dtype of accumulation, and that much is left where a gradient
+    cancels to zero: with all classes alike every rounding of the sum may go the same way.
+    """
     if problem.target.numel() == 0:
         return 0.0
     classes, e = problem.weight.shape[0], problem.epilogue
     row = grads.nll.abs().max() + (0 if grads.lse is None else grads.lse.abs().max())
     row = row + (0 if grads.smooth is None else grads.smooth.abs().max() * classes)
     factor = {"hidden": problem.weight, "weight": problem.hidden, "bias": torch.ones(1)}[field]
-    return float((row * abs(e.scale * e.post_scale) * factor.double().abs().max()).nan_to_num(0, 0, 0))
+    size = float((row * abs(e.scale * e.post_scale) * factor.double().abs().max()).nan_to_num(0, 0, 0))
+    summands = classes if field == "hidden" else problem.target.numel()
+    accumulated = summands / 2 * torch.finfo(statistics_dtype(problem.hidden.dtype)).eps
+    return size * (1 + accumulated / (_FEW * torch.finfo(problem.hidden.dtype).eps))
 
 
 def check(problem: Problem, grads: RowGrads, needs: Needs, kernel: ModuleType = tiled, **how: str) -> None:
