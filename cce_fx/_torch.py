@@ -84,6 +84,9 @@ NAMES: dict[str, Private] = {
     "DispatchKey": Private("torch._C:DispatchKey", "autocast of hidden, weight and bias alone, as F.linear's"),
     "DispatchKeySet": Private("torch._C:DispatchKeySet", "the same"),
     "ExcludeDispatchKeyGuard": Private("torch._C:_ExcludeDispatchKeyGuard", "the same"),
+    "profiler_enabled": Private(
+        "torch.autograd:_profiler_enabled", "entering a `record_function` takes 5 us where nobody looks"
+    ),
     "dispatch_key_for_device": Private("torch._C:_dispatch_key_for_device", "the same"),
     "check": Private("torch:_check", "conditions on sizes that may be symbols"),
     "DisableTorchFunctionSubclass": Private("torch._C:DisableTorchFunctionSubclass", "asks a lazy tensor itself"),

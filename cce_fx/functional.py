@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from .kernels import plan
+from .kernels.combine import statistics_dtype
 from .kernels.spec import Epilogue, Needs
 from .op import DTYPES as DTYPES
-from .op import gpu_kernels, statistics_dtype  # importing it registers the operators
+from .op import gpu_kernels  # importing it registers the operators
 
 Reduction = Literal["mean", "sum", "none"]
 

@@ -16,6 +16,7 @@ them: see `cce_fx.functional`. Source: Cut Cross-Entropy, arXiv 2411.09009; the 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 from collections.abc import Callable
@@ -33,9 +34,11 @@ from ._torch import (
     OpOverload,
     disable_dynamo,
     dispatch_key_for_device,
+    profiler_enabled,
 )
 from ._torch import check as check_condition
 from .kernels.argmax import argmax
+from .kernels.combine import statistics_dtype
 from .kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads
 
 # The arguments that describe the head, in the order of every operator's schema.
@@ -49,11 +52,6 @@ _LIBRARY = torch.library.Library("cce", "FRAGMENT")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of nll, lse and smooth for a head of `dtype`: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def gpu_kernels(device: torch.device) -> bool:
     """Whether the Triton kernels run on a device."""
     # With TRITON_INTERPRET=1 triton runs the GPU's kernels on CPU tensors, for tests and debugging.
@@ -65,8 +63,13 @@ def kernel(device: torch.device) -> ModuleType:
     return importlib.import_module(".kernels.triton" if gpu_kernels(device) else ".kernels.tiled", __package__)
 
 
+_NO_RANGE = contextlib.nullcontext()
+
+
 def _range(what: str, problem: Problem) -> AbstractContextManager[Any]:
-    """A range in profiles around a kernel, with its sizes: `cce_fx::forward` N=... D=... V=..."""
+    """A range in profiles around a kernel, with its sizes: `cce_fx::forward` N=... D=... V=... Nothing where no profiler runs."""
+    if not profiler_enabled():
+        return _NO_RANGE
     (rows, width), classes = problem.hidden.shape, problem.weight.shape[0]
     return torch.profiler.record_function(f"cce_fx::{what}", f"N={rows} D={width} V={classes}")
 
@@ -392,8 +395,5 @@ def _register_autocast(op: OpOverload, device_type: str) -> None:
 
 
 for _device in ("cpu", "cuda", "xpu"):
-    for _op in (
-        linear_cross_entropy,
-        linear_cross_entropy_with_grads,
-    ):
+    for _op in (linear_cross_entropy, linear_cross_entropy_with_grads):
         _register_autocast(_op, _device)

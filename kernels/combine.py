@@ -88,5 +88,5 @@ def local_class_weight(problem: Problem) -> Tensor | None:
 
 
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of accumulation and of statistics: float64 for float64, else float32."""
+    """The dtype of accumulation and of statistics (nll, lse, smooth): float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -22,6 +22,7 @@ class Rows:
     target: Tensor  # (n,) int64, the column of this shard, or -1: ignored, or in another shard
     valid: Tensor | None  # (n,) bool, False for an ignored row that is computed all the same; None is all True
     poisoned: Tensor | None  # (n,) bool, True for an ignored row that spreads NaN although its lse is masked
+    absent: bool = True  # whether a target may be -1
 
     def take(self, values: Tensor, start: int, stop: int) -> Tensor:
         """Rows start..stop of (N, ...) `values`: a view where all rows are computed, else a copy."""
@@ -55,6 +56,8 @@ def select(problem: Problem, every: bool = False) -> Rows:
     Raises IndexError on CPU for a target that is neither a class nor ignore_index; other devices assert by themselves.
     """
     target = problem.target
+    if _all_classes(problem):
+        return Rows(target.shape[0], None, None, target, None, None, absent=False)
     valid = None if problem.ignore_index is None else target != problem.ignore_index
     _check_bounds(problem, valid)
     index = skipped = poisoned = None
@@ -70,6 +73,16 @@ def select(problem: Problem, every: bool = False) -> Rows:
         target = target - problem.shard.start
         target = target.masked_fill((target < 0) | (target >= problem.weight.shape[0]), -1)
     return Rows(target.shape[0], index, skipped, target, valid, poisoned)
+
+
+def _all_classes(problem: Problem) -> bool:
+    """Whether every target is a class of this weight, and no class is ignored: the common case, told by one operation."""
+    target, classes, ignore = problem.target, problem.weight.shape[0], problem.ignore_index
+    may_ignore = ignore is not None and 0 <= ignore < classes
+    if target.device.type != "cpu" or target.numel() == 0 or problem.shard or may_ignore:
+        return False
+    lowest, highest = torch.aminmax(target)
+    return int(lowest) >= 0 and int(highest) < classes
 
 
 def _check_bounds(problem: Problem, valid: Tensor | None) -> None:

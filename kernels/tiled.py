@@ -19,13 +19,14 @@ from .rows import Rows, coefficients, select
 from .spec import Grads, Needs, Norm, Partials, Problem, RowGrads, Stats
 from .sweeps import new_grads, recompute, sweep
 from .tile import Sums, concatenate, partials
+from .whole import Whole, fits
 
 
 def partial(problem: Problem) -> Partials:
     """Per-row sums (N,) over the columns of this shard."""
     _check(problem)
     rows = select(problem)
-    found = partials(concatenate(sweep(problem, rows), problem), _local_weight(problem))
+    found = partials(_sums(problem, rows), _local_weight(problem))
     smooth = _spread(found.smooth, rows, problem) if problem.smooth else found.smooth
     return Partials(*(_spread(t, rows, problem) for t in found[:3]), smooth)
 
@@ -35,7 +36,7 @@ def forward(problem: Problem) -> Stats:
     _check(problem)
     _whole_vocabulary(problem)
     rows = select(problem)
-    return _stats(problem, rows, concatenate(sweep(problem, rows), problem))
+    return _stats(problem, rows, _sums(problem, rows))
 
 
 def backward(problem: Problem, norm: Norm, grads: RowGrads, needs: Needs) -> Grads:
@@ -53,10 +54,21 @@ def _from_norm(problem: Problem, rows: Rows, norm: Norm, grads: RowGrads, needs:
         return Grads(None, None, None)
     c = coefficients(problem, rows, grads)
     out = new_grads(problem, rows, needs)
-    if rows.count:
-        recompute(problem, rows, Norm(*(rows.take(t, 0, t.shape[0]) for t in norm)), c, needs, out)
+    norm = Norm(*(rows.take(t, 0, t.shape[0]) for t in norm))
+    if fits(problem, rows, make_plan(problem, rows, needs)):
+        Whole(problem, rows).gradients(norm, c, out)
+    elif rows.count:
+        recompute(problem, rows, norm, c, needs, out)
     rows.clear_skipped(out.hidden)
     return out
+
+
+def _sums(problem: Problem, rows: Rows) -> Sums:
+    """Sums (n,) of the computed rows."""
+    if fits(problem, rows, make_plan(problem, rows, Needs(False, False, False))):
+        made = Whole(problem, rows)
+        return made.sums(made.logits(keep=False))
+    return concatenate(sweep(problem, rows), problem)
 
 
 def _finite(norm: Norm, grads: Grads) -> bool:
@@ -86,9 +98,14 @@ def _both(
     problem: Problem, rows: Rows, grads: RowGrads, needs: Needs, report: list[Dropped] | None = None
 ) -> tuple[Stats, Grads]:
     if not any(needs):
-        return _stats(problem, rows, concatenate(sweep(problem, rows), problem)), Grads(None, None, None)
+        return _stats(problem, rows, _sums(problem, rows)), Grads(None, None, None)
     c, out = coefficients(problem, rows, grads), new_grads(problem, rows, needs)
-    blocks = held(problem, rows, c, make_plan(problem, rows, needs), out, report)
+    plan = make_plan(problem, rows, needs)
+    if fits(problem, rows, plan):
+        sums = Whole(problem, rows).sums_and_gradients(c, out)
+        rows.clear_skipped(out.hidden)
+        return _stats(problem, rows, sums), out
+    blocks = held(problem, rows, c, plan, out, report)
     done = sum(b.max.shape[0] for b in blocks)
     if done < rows.count:
         blocks += sweep(problem, rows, done)
@@ -130,7 +147,8 @@ def _stats(problem: Problem, rows: Rows, sums: Sums) -> Stats:
         smooth = _spread(smooth, rows, problem)
     lse = log_sum_exp(sums.max, log_sum)
     nll, lse, highest, sumexp = (_spread(t, rows, problem) for t in (nll, lse, sums.max, sums.sumexp))
-    return mask_ignored(Stats(nll, lse, smooth, highest, sumexp), problem)
+    stats = Stats(nll, lse, smooth, highest, sumexp)
+    return mask_ignored(stats, problem) if rows.absent else stats
 
 
 def _spread(values: Tensor, rows: Rows, problem: Problem) -> Tensor:

@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from ..functional import KernelSpec, LossSpec, Reduction, site_loss
+from ..kernels.combine import statistics_dtype
 from ..kernels.spec import Epilogue, Needs
-from ..op import statistics_dtype
 from .vocab import Divided, VocabShard
 
 

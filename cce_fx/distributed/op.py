@@ -12,8 +12,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..kernels.combine import statistics_dtype
 from ..kernels.spec import Needs, Norm, Partials, Problem, RowGrads, Shard
-from ..op import HEAD, HEAD_ARGS, check, fake_grads, kernel, problem_of, some, statistics_dtype
+from ..op import HEAD, HEAD_ARGS, check, fake_grads, kernel, problem_of, some
 
 _SHARD = f"{HEAD}, int start, int total"
 

@@ -26,9 +26,8 @@ from ..functional import (
     check_shapes,
     site_loss,
 )
-from ..kernels.combine import combine, finish
+from ..kernels.combine import combine, finish, statistics_dtype
 from ..kernels.spec import Epilogue, Needs, Partials
-from ..op import statistics_dtype
 from .agree import agree
 from .op import shard_problem
 

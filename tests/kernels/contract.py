@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import ModuleType
+from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cce_fx.kernels import reference, tiled
+from cce_fx.kernels import reference, tiled, whole
 from cce_fx.kernels.combine import finish, statistics_dtype
 from cce_fx.kernels.spec import Epilogue, Needs, Problem, RowGrads, Stats
 
@@ -96,21 +97,24 @@ def check(problem: Problem, grads: RowGrads, needs: Needs, kernel: ModuleType = 
     """Every entry point of `kernel` agrees with the reference; `how` goes to its backward."""
     exact_stats, exact_grads = reference.forward_backward(problem, grads, needs)
     dense_stats, dense_grads = reference.forward_backward(problem, grads, needs, problem.hidden.dtype)
-    one_go = kernel.forward_backward(problem, grads, needs, **how)
-    stats = kernel.forward(problem)
-    two_steps = stats, kernel.backward(problem, stats.norm, grads, needs, **how)
-    finished = finish(kernel.partial(problem), problem)
-    for name, got in (("forward_backward", one_go), ("forward, backward", two_steps), ("partial", (finished, None))):
+    found = {}
+    # Small problems in tiles too, as large ones are.
+    for way, largest in (("", whole.LARGEST), (" in tiles", 0)) if kernel is tiled else (("", 0),):
+        with mock.patch.object(whole, "LARGEST", largest):
+            stats = kernel.forward(problem)
+            found["forward_backward" + way] = kernel.forward_backward(problem, grads, needs, **how)
+            found["forward, backward" + way] = stats, kernel.backward(problem, stats.norm, grads, needs, **how)
+            found["partial" + way] = finish(kernel.partial(problem), problem), None
+    for name, got in found.items():
         for part, exact, dense in zip(got, (exact_stats, exact_grads), (dense_stats, dense_grads), strict=True):
             if part is not None:
                 for field, a, b, c in zip(part._fields, part, exact, dense, strict=True):
                     if part is got[1]:
                         terms = gradient_terms(problem, grads, field)
                     else:
-                        terms = stats_terms(problem, exact_stats, field, sharded=name == "partial")
+                        terms = stats_terms(problem, exact_stats, field, sharded=name.startswith("partial"))
                     assert_as_good(a, b, c, f"{name}: {field}", terms)
-    for got in (one_go[1], two_steps[1]):
-        for g in got:
+        for g in got[1] or ():
             assert g is None or (g.dtype == problem.hidden.dtype and g.is_contiguous())
 
 
