@@ -64,7 +64,7 @@ def smoke(session: nox.Session, torch: str) -> None:
 @nox.parametrize("torch", TORCHES, ids=TORCHES)
 def tests(session: nox.Session, torch: str) -> None:
     """Everything."""
-    _install(session, torch, "test,examples")
+    _install(session, torch, "test,docs,dev,examples")
     session.run("python", "-m", "pytest", *session.posargs)
 
 

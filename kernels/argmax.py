@@ -21,10 +21,10 @@ def argmax(problem: Problem) -> Tensor:
     best = problem.hidden.new_empty(rows.count, dtype=head.dtype)
     where = torch.zeros(rows.count, dtype=torch.int64, device=best.device)
     for first, last in spans(rows.count, plan.rows):
-        hidden = problem.hidden[first:last].to(head.dtype)
+        turned = head.turned(problem.hidden[first:last])
         for start, stop in spans(head.classes, plan.columns):
             tile = tile_of(buffer, stop - start, last - first)
-            head.product(tile, head.columns(start, stop), hidden, start)
+            head.product(tile, head.columns(start, stop), turned, start)
             values, index = head.logits(tile, None).max(0)
             if start:
                 better = (values > best[first:last]) | (values.isnan() & ~best[first:last].isnan())

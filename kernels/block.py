@@ -73,7 +73,7 @@ class Exact:
         head, hit, tile = self.head, self.hits[number], self.block.tiles[number]
         start, stop = self.block.chunks[number]
         weight = head.columns(start, stop)
-        head.product(tile, weight, self.hidden, start)
+        head.product(tile, weight, self.hidden.T, start)
         spare = None if self.block.spare is None else tile_of(self.block.spare, *tile.shape)
         exps = head.logits(tile, spare)
         self.collector.add(number, exps, hit, start)

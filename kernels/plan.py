@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .combine import statistics_dtype
+from .halves import usable
 from .rows import Rows
 from .spec import Needs, Problem
 
@@ -38,19 +39,27 @@ class Plan:
         return (self.tiles - 1) * rows * columns + self.per_row * rows + self.per_column * columns
 
 
-def make_plan(problem: Problem, rows: Rows, needs: Needs) -> Plan:
-    """Tile sizes for `rows` of `problem`; at the least 16 rows by 64 columns, whatever the workspace."""
+def make_plan(problem: Problem, rows: Rows, needs: Needs, beside: int = 0) -> Plan:
+    """Tile sizes for `rows` of `problem`, with `beside` elements of the workspace taken by something else; at the least 16
+    rows by 64 columns, whatever the workspace."""
     n, (classes, width) = max(rows.count, 1), problem.weight.shape
-    budget = _elements(problem, n)
+    budget = _elements(problem, n) - beside
     converts = problem.hidden.dtype != statistics_dtype(problem.hidden.dtype)
+    gathers = rows.index is not None
     tiles = 2 if problem.epilogue.softcap is not None else 1
     # Copies in units of rows or columns times D: converted or gathered inputs, and sums that are rounded at the end.
-    per_row = (converts or rows.index is not None) * (1 + needs.hidden) * width
+    per_row = (converts or gathers) * (1 + needs.hidden) * width
     per_column = converts * (1 + needs.weight) * width
+    if usable(problem):  # a bfloat16 number takes half an element
+        tiles += any(needs)  # a tile in bfloat16, and turned
+        per_row = (1 + gathers) * width // 2 + needs.hidden * width
+        per_column = needs.weight * width
     side = _largest_square(budget, tiles, per_row + per_column)
     r = min(n, max(step_down(side), 16))
     c = min(classes, max((budget - per_row * r) // (tiles * r + per_column), 64))
     r = min(n, max(step_down((budget - per_column * c) // (tiles * c + per_row)), 16))
+    r = min(n, -(-n // -(-n // r) // ROW_STEP) * ROW_STEP)  # blocks of equal size: one of few rows would be slow
+    c = min(classes, max((budget - per_row * r) // (tiles * r + per_column), 64))
     return Plan(budget, r, c, tiles, per_row, per_column)
 
 

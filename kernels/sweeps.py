@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import halves
 from .plan import make_plan, spans
 from .rows import Coefficients, Rows
 from .spec import Grads, Needs, Norm, Problem
@@ -22,12 +23,12 @@ def sweep(problem: Problem, rows: Rows, begin: int = 0) -> list[Sums]:
     buffer = problem.hidden.new_empty(plan.rows * plan.columns, dtype=head.dtype)
     blocks, chunks = [], spans(head.classes, plan.columns)
     for first, last in spans(rows.count, plan.rows, begin):
-        hidden = rows.take(problem.hidden, first, last).to(head.dtype)
+        turned = head.turned(rows.take(problem.hidden, first, last))
         hits = locate(rows.target[first:last], chunks)
         sums = Collector(head, last - first, len(chunks), keep=False)
         for number, (start, stop) in enumerate(chunks):
             tile = tile_of(buffer, stop - start, last - first)
-            head.product(tile, head.columns(start, stop), hidden, start)
+            head.product(tile, head.columns(start, stop), turned, start)
             sums.add(number, head.logits(tile, None), hits[number], start)
         blocks.append(sums.sums())
     return blocks
@@ -39,15 +40,19 @@ def recompute(
     """Write the gradients into `out`, making each tile of logits again: 2NDV operations and 2NDV for each gradient.
 
     Rows from number `begin` on, added to what `out` has from those before. `norm` (n - begin,) is theirs.
-    Where the weight's gradient cannot be summed up in its own dtype, it has a loop (and a product) of its own, over
-    the rows for each chunk of columns, so that each result is rounded once.
+    Where the weight's gradient cannot be summed up in its own dtype, each of its chunks of columns is summed up over all
+    rows, so that each result is rounded once. If all rows' sums for the gradient of hidden take more than half of the
+    workspace then, they are made in a loop (and with a product) of their own.
     """
     maker = _Recomputed(problem, rows, norm, c, needs, begin)
-    rounds = needs.weight and problem.weight.dtype != maker.head.dtype and len(maker.blocks) > 1
-    if needs.hidden or needs.bias or not rounds:
-        maker.by_rows(out, weight=needs.weight and not rounds)
-    if rounds:
-        maker.weight_by_columns(out.weight)
+    if not maker.rounds:
+        maker.by_rows(out)
+    elif maker.together:
+        maker.by_columns(out)
+    else:
+        if needs.hidden or needs.bias:
+            maker.by_rows(out._replace(weight=None))
+        maker.by_columns(Grads(None, out.weight, None))
 
 
 class _Recomputed:
@@ -58,6 +63,12 @@ class _Recomputed:
         self.max, self.prob = norm.max, c.prob[begin:] / norm.sumexp
         self.head = Head(problem)
         plan = make_plan(problem, rows, needs)
+        self.rounds = needs.weight and problem.weight.dtype != self.head.dtype and plan.rows < rows.count - begin
+        # The sums of all rows take their part of the workspace.
+        sums = needs.hidden * (rows.count - begin) * problem.hidden.shape[1]
+        self.together = self.rounds and 2 * sums <= plan.elements
+        if self.together:
+            plan = make_plan(problem, rows, needs._replace(hidden=False), beside=sums)
         self.blocks = spans(rows.count, plan.rows, begin)
         self.chunks = spans(self.head.classes, plan.columns)
         self.hits = [locate(rows.target[first:last], self.chunks) for first, last in self.blocks]
@@ -65,31 +76,33 @@ class _Recomputed:
         self.spare = torch.empty_like(self.buffer) if self.head.capped else None
 
     def hidden(self, block: int) -> Tensor:
-        return self.rows.take(self.problem.hidden, *self.blocks[block]).to(self.head.dtype)
+        return self.rows.take(self.problem.hidden, *self.blocks[block])
 
-    def gradient(self, weight: Tensor, hidden: Tensor, chunk: int, block: int) -> Tensor:
+    def gradient(self, weight: Tensor, turned: Tensor, chunk: int, block: int) -> Tensor:
         """d loss / d product of one tile (C, R)."""
         head, (first, last), start = self.head, self.blocks[block], self.chunks[chunk][0]
         tile = tile_of(self.buffer, weight.shape[0], last - first)
-        head.product(tile, weight, hidden, start)
+        head.product(tile, weight, turned, start)
         logits = head.logits(tile, None if self.spare is None else tile_of(self.spare, *tile.shape))
         c = self.c[first:last]
         mine = slice(first - self.begin, last - self.begin)
         head.elementwise.probabilities(logits, self.max[mine], self.prob[mine])
         return head.gradient(logits, tile, c, self.hits[block][chunk], start)
 
-    def by_rows(self, out: Grads, weight: bool) -> None:
+    def by_rows(self, out: Grads) -> None:
+        """Each block of rows with all columns; its gradient of hidden is rounded once."""
         bias = bias_sum(out.bias, self.head)
         for block, (first, last) in enumerate(self.blocks):
-            hidden = self.hidden(block)
+            hidden = self.head.rows(self.hidden(block))
+            turned = self.head.turned(hidden)
             d_hidden = None if out.hidden is None else self.rows.place(out.hidden, first, last, self.head.dtype)
             for chunk, (start, stop) in enumerate(self.chunks):
                 w = None  # freed before there is another
                 w = self.head.columns(start, stop)
-                tile = self.gradient(w, hidden, chunk, block)
+                tile = self.gradient(w, turned, chunk, block)
                 if d_hidden is not None:
                     accumulate(d_hidden, tile.T, w, chunk == 0)
-                if weight:
+                if out.weight is not None:
                     add_weight(out.weight[start:stop], tile, hidden, first == 0)
                 if bias is not None:
                     bias[start:stop] += tile.sum(1)
@@ -98,15 +111,29 @@ class _Recomputed:
         if bias is not None and bias is not out.bias:
             out.bias.copy_(bias)
 
-    def weight_by_columns(self, out: Tensor) -> None:
+    def by_columns(self, out: Grads) -> None:
+        """Each chunk of columns with all rows; its gradient of the weight is rounded once."""
+        bias, d_hidden = bias_sum(out.bias, self.head), None
+        if out.hidden is not None:
+            d_hidden = out.hidden.new_empty((self.rows.count - self.begin, out.hidden.shape[1]), dtype=self.head.dtype)
         for chunk, (start, stop) in enumerate(self.chunks):
             w = total = None  # freed before there are others
             w = self.head.columns(start, stop)
-            total = torch.empty_like(w, memory_format=torch.contiguous_format)
-            for block in range(len(self.blocks)):
-                hidden = self.hidden(block)
-                accumulate(total, self.gradient(w, hidden, chunk, block), hidden, block == 0)
-            out[start:stop] = total
+            total = torch.empty((stop - start, w.shape[1]), dtype=self.head.dtype, device=w.device)
+            for block, (first, last) in enumerate(self.blocks):
+                hidden = self.head.rows(self.hidden(block))
+                tile = self.gradient(w, self.head.turned(hidden), chunk, block)
+                accumulate(total, tile, hidden, block == 0)
+                if d_hidden is not None:
+                    accumulate(d_hidden[first - self.begin : last - self.begin], tile.T, w, chunk == 0)
+                if bias is not None:
+                    bias[start:stop] += tile.sum(1)
+            out.weight[start:stop] = total
+        if d_hidden is not None:
+            for first, last in self.blocks:
+                self.rows.put(out.hidden, first, last, d_hidden[first - self.begin : last - self.begin])
+        if bias is not None and bias is not out.bias:
+            out.bias.copy_(bias)
 
 
 def new_grads(problem: Problem, rows: Rows, needs: Needs) -> Grads:
@@ -131,7 +158,9 @@ def bias_sum(out: Tensor | None, head: Head) -> Tensor | None:
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """out = a @ b, or out += a @ b after the first time: nothing is filled with zeros beforehand."""
-    if first:
+    if b.dtype != out.dtype:
+        halves.product(out, halves.converted(a), b, add=not first)
+    elif first:
         torch.mm(a, b, out=out)
     else:
         out.addmm_(a, b)

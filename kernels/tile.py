@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import halves
 from .combine import finite, local_class_weight, statistics_dtype
 from .elementwise import exp_
 from .native import elementwise
@@ -41,6 +42,7 @@ class Head:
     def __init__(self, problem: Problem) -> None:
         e = problem.epilogue
         self.dtype = statistics_dtype(problem.hidden.dtype)
+        self.operand = problem.hidden.dtype if halves.usable(problem) else self.dtype  # what goes into products
         self.weight, self.bias = problem.weight, problem.bias
         self.classes = problem.weight.shape[0]
         self.smooth = problem.smooth
@@ -52,13 +54,30 @@ class Head:
         self.outer = e.softcap * e.post_scale if e.softcap is not None else 1.0
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Rows start..stop of the weight (C, D), in the accumulation dtype and a layout that BLAS takes as it is."""
-        piece = self.weight[start:stop].to(self.dtype)
+        """Rows start..stop of the weight (C, D), as a product's operand in a layout that BLAS takes as it is."""
+        piece = self.weight[start:stop].to(self.operand)
+        if self.operand != self.dtype:
+            return halves.rows_of(piece)
         return piece if 1 in piece.stride() or piece.numel() == 0 else piece.contiguous()
 
-    def product(self, tile: Tensor, weight: Tensor, hidden: Tensor, start: int) -> None:
+    def rows(self, hidden: Tensor) -> Tensor:
+        """hidden (R, D) as a product's operand."""
+        hidden = hidden.to(self.operand)
+        return hidden if self.operand == self.dtype else halves.rows_of(hidden)
+
+    def turned(self, hidden: Tensor) -> Tensor:
+        """hidden (R, D) as the operand (D, R) of `product`."""
+        turned = hidden.to(self.operand).T
+        return turned if self.operand == self.dtype else halves.rows_of(turned)
+
+    def product(self, tile: Tensor, weight: Tensor, turned: Tensor, start: int) -> None:
         """tile (C, R) = what a tile holds: the logits, or tanh(scale x / softcap) where there is a cap."""
-        torch.addmm(tile, weight, hidden.T, beta=0, alpha=self.inner, out=tile)
+        if self.operand == self.dtype:
+            torch.addmm(tile, weight, turned, beta=0, alpha=self.inner, out=tile)
+        else:
+            halves.product(tile, weight, turned, add=False)
+            if self.inner != 1.0:
+                tile.mul_(self.inner)
         if self.bias is not None:
             bias = self.bias[start : start + tile.shape[0]].to(self.dtype)
             tile.add_((bias * self.inner)[:, None])

@@ -9,6 +9,7 @@ from torch import Tensor
 from .plan import Plan
 from .rows import Coefficients, Rows
 from .spec import Grads, Norm, Problem
+from .sweeps import accumulate, add_weight
 from .tile import Head, Hit, Sums
 
 LARGEST = 1 << 18  # logits; with more, the walks over them leave the processor's caches
@@ -26,11 +27,11 @@ class Whole:
 
     def __init__(self, problem: Problem, rows: Rows) -> None:
         self.head, self.rows, count = Head(problem), rows, rows.count
-        self.hidden = rows.take(problem.hidden, 0, count).to(self.head.dtype)
+        self.hidden = self.head.rows(rows.take(problem.hidden, 0, count))
         self.weight = self.head.columns(0, self.head.classes)
         self.hit = _hit(rows)
-        self.tile = self.hidden.new_empty(self.head.classes, count)
-        self.head.product(self.tile, self.weight, self.hidden, 0)
+        self.tile = self.hidden.new_empty((self.head.classes, count), dtype=self.head.dtype)
+        self.head.product(self.tile, self.weight, self.head.turned(self.hidden), 0)
 
     def logits(self, keep: bool) -> Tensor:
         """The logits (V, n), in place of the product, which a cap's gradient needs afterwards and must `keep`."""
@@ -62,12 +63,10 @@ class Whole:
         tile = self.head.gradient(probs, self.tile, c, self.hit, 0)
         if out.hidden is not None:
             d_hidden = self.rows.place(out.hidden, 0, self.rows.count, self.head.dtype)
-            torch.mm(tile.T, self.weight, out=d_hidden)
+            accumulate(d_hidden, tile.T, self.weight, True)
             self.rows.put(out.hidden, 0, self.rows.count, d_hidden)
-        if out.weight is not None and out.weight.dtype == self.head.dtype:
-            torch.mm(tile, self.hidden, out=out.weight)
-        elif out.weight is not None:
-            out.weight.copy_(tile @ self.hidden)
+        if out.weight is not None:
+            add_weight(out.weight, tile, self.hidden, True)
         if out.bias is not None:
             out.bias.copy_(tile.sum(1))
 

@@ -9,6 +9,7 @@ user's own.
 from __future__ import annotations
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -45,6 +46,9 @@ _ALIASES = {
     "concat": "cat",
     "concatenate": "cat",
 }
+
+# Where torch 2.11 makes functions of a DTensor's methods, with all arguments but the tensor inside: `prim_redistribute`.
+_CLOSURES = "torch._dynamo.variables.tensor"
 
 # Operations that change a tensor's dtype, or its device, and nothing else.
 CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as")
@@ -102,10 +106,20 @@ def canonical(node: Node) -> str | Callable[..., Any] | None:
 
 def canonical_callable(function: Callable[..., Any]) -> str | Callable[..., Any]:
     """The name of a function or method descriptor, or itself where it has none."""
+    if getattr(function, "__module__", None) == _CLOSURES:
+        return function.__name__.removeprefix("prim_")
     try:
         return _functions().get(function, function)
     except TypeError:  # an unhashable callable
         return function
+
+
+def arguments(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a node after the first, and those by name; of one of Dynamo's closures, what it closes over."""
+    if getattr(node.target, "__module__", None) != _CLOSURES:
+        return node.args[1:], dict(node.kwargs)
+    inside = inspect.getclosurevars(node.target).nonlocals  # type: ignore[arg-type]
+    return tuple(inside.get("args_as_value", ())), dict(inside.get("kwargs_as_value", {}))
 
 
 def mutated_arguments(node: Node) -> list[Node]:

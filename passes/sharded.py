@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.fx import Node
 
+from .canonical import canonical
 from .values import Candidate, LogitsView, LossSite, Result, value_of
 
 
@@ -33,6 +34,10 @@ def refusal(candidate: Candidate) -> str | None:
     placements = getattr(value_of(candidate.anchor), "placements", ())
     if any(p.is_partial() and not p.is_partial("sum") for p in placements):
         return f"a loss placed {placements}: the average of each process's own mean, which is not the mean of all rows"
+    from ..distributed.dtensor import spelled
+
+    if spelled(placements) is None:
+        return f"a loss placed {placements}"
     layout = _layout(view)
     return layout if isinstance(layout, str) else None
 
@@ -60,9 +65,7 @@ def division(view: LogitsView) -> tuple[int, int]:
 
 def write_loss(site: LossSite, operands: tuple[Any, Any, Any], target: Any, class_weight: Any, workspace: Any) -> Any:
     """The loss in the placement, or as the plain tensor, that the anchor is. All values are proxies."""
-    from torch.distributed.tensor import Replicate
-
-    from ..distributed.dtensor import sharded_loss
+    from ..distributed.dtensor import REPLICATED, placed, sharded_loss, spelled
 
     candidate = site.candidate
     loss, e, was = candidate.loss, candidate.loss.epilogue, value_of(candidate.anchor)
@@ -82,14 +85,14 @@ def write_loss(site: LossSite, operands: tuple[Any, Any, Any], target: Any, clas
         },
     )
     if is_sharded(was):
-        return out.redistribute(placements=tuple(was.placements))
+        return tracer.create_proxy("call_function", placed, (out, spelled(was.placements)), {})
     mesh = value_of(candidate.view.linear).device_mesh
-    return out.redistribute(placements=tuple(Replicate() for _ in range(mesh.ndim))).to_local()
+    return tracer.create_proxy("call_function", placed, (out, (REPLICATED,) * mesh.ndim), {}).to_local()
 
 
 def _was_placed(node: Node) -> bool:
     """Whether a DTensor comes from a change of placement, whose backward reduces or scatters a `Partial` gradient best."""
-    return node.target == "redistribute" or getattr(node.target, "__qualname__", "") == "DTensor.from_local"
+    return canonical(node) == "redistribute" or getattr(node.target, "__qualname__", "") == "DTensor.from_local"
 
 
 def sharded_nodes(view: LogitsView) -> list[Node]:

@@ -92,6 +92,18 @@ FAULTS = [
         "c.prob[begin:]",
     ),
     Fault(
+        "probabilities of a small problem are not divided by their sum",
+        "kernels/whole.py",
+        "c.prob / sums.sumexp",
+        "c.prob",
+    ),
+    Fault(
+        "a target outside of the classes counts as one of them",
+        "kernels/rows.py",
+        "return int(lowest) >= 0 and int(highest) < classes",
+        "return int(lowest) >= 0",
+    ),
+    Fault(
         "a likely target is not taken off",
         "kernels/block.py",
         "torch.where(likely, at_hit / scale[row], 0)",
@@ -185,7 +197,8 @@ def red(fault: Fault, where: Path) -> bool:
     path.write_text(text.replace(fault.old, fault.new))
     try:
         names = ("forms", "semantics", "lazy_logits", "programs", "ops")  # the quickest first
-        tests = ["tests/kernels/test_filtered.py", *(f"tests/test_{name}.py" for name in names)]
+        tests = [f"tests/kernels/test_{name}.py" for name in ("tiled", "filtered")]
+        tests += [f"tests/test_{name}.py" for name in names]
         env = {**os.environ, "PYTHONPATH": str(where), "CCE_FX_PROGRAMS": "80"}
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]
         return subprocess.run(command, cwd=where, env=env, capture_output=True).returncode == 1

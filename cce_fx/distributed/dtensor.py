@@ -9,6 +9,7 @@ a reduce-scatter where hidden was gathered from shards of the sequence.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +132,38 @@ def sharded_loss(
     return DTensor.from_local(
         out.view(local_target.shape), mesh, hidden.placements, run_check=False, shape=target.shape, stride=stride
     )
+
+
+REPLICATED = "replicated"
+
+
+def spelled(placements: Sequence[Placement]) -> tuple[str | int, ...] | None:
+    """Placements in plain words, as the argument of a node (torch 2.11 takes no others); None where there is no word for one.
+
+    A dimension for `Shard`, the operation for `Partial`.
+    """
+    found: list[str | int] = []
+    for placement in placements:
+        if type(placement) is Shard:
+            found.append(placement.dim)
+        elif type(placement) is Partial:
+            found.append(placement.reduce_op)
+        elif placement.is_replicate():
+            found.append(REPLICATED)
+        else:
+            return None
+    return tuple(found)
+
+
+def placed(values: DTensor, spelling: Sequence[str | int]) -> DTensor:
+    """`values` as the placements that `spelled` put into words."""
+    return values.redistribute(placements=[_placement(word) for word in spelling])
+
+
+def _placement(word: str | int) -> Placement:
+    if isinstance(word, int):
+        return Shard(word)
+    return Replicate() if word == REPLICATED else Partial(word)
 
 
 def _local(values: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..canonical import arguments, canonical
 from ..registry import Call, Outcome, rule
 from ..sharded import is_sharded
 
@@ -13,7 +14,8 @@ from ..sharded import is_sharded
 def redistribute(call: Call) -> Outcome:
     """DTensor.redistribute(device_mesh, placements): the same values elsewhere."""
     view = call.view()
-    casts = [call.node.kwargs.get(name) for name in ("forward_dtype", "backward_dtype")]
+    _, options = arguments(call.node)
+    casts = [options.get(name) for name in ("forward_dtype", "backward_dtype")]
     if view is None or casts != [None, None] or not is_sharded(call.result):
         return None
     return view.at(call.node)
@@ -23,9 +25,10 @@ def redistribute(call: Call) -> Outcome:
 def to_local(call: Call) -> Outcome:
     """DTensor.to_local() of logits that every process holds as a whole, or full_tensor() of any."""
     view = call.view()
-    if view is None or call.node.kwargs.get("grad_placements") is not None or len(call.node.args) > 1:
+    others, options = arguments(call.node)
+    if view is None or options.get("grad_placements") is not None or others:
         return None
     placements: tuple[Any, ...] = getattr(call.value(0, "self"), "placements", ())
-    if call.node.target == "to_local" and not all(p.is_replicate() for p in placements):
+    if canonical(call.node) == "to_local" and not all(p.is_replicate() for p in placements):
         return None
     return view.at(call.node) if placements else None
