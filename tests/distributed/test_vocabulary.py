@@ -175,6 +175,7 @@ def grid_step(form: str) -> None:
     assert graphs.largest() < ROWS * VOCAB // 4
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="loss_parallel of torch 2.11 knows meshes of one dimension only")
 @pytest.mark.parametrize("form", ["rows of a batch", "classes second", "an uneven sequence"])
 def test_sequence_and_vocabulary_on_a_mesh_of_four(four: Workers, form: str) -> None:
     four.run(grid_step, form)
