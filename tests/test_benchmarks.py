@@ -136,6 +136,7 @@ def test_scale_arithmetic(capsys: pytest.CaptureFixture[str]) -> None:
     assert times[0]["eager"] - times[0]["cut"] == pytest.approx(24 * logits / machine.memory_rate)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.12", reason="loss_parallel of torch 2.11 knows meshes of one dimension only")
 def test_the_page_shows_what_the_arithmetic_gives(capsys: pytest.CaptureFixture[str]) -> None:
     main(["scale", "--markdown"])
     table = capsys.readouterr().out.split("\n\n")[1].strip()
