@@ -30,8 +30,9 @@ def held(
     """Sums, block by block, and gradients into `out`, of the first rows: as many as are best done in this way.
 
     How many rows were done is told by the sums. None is where too few rows fit, where the weight's gradient would be
-    rounded more than once, where smoothing meets a cap, whose slope differs in each entry of a tile, where products in
-    bfloat16 are so fast that making the logits again costs less than converting operands, or where something is not finite: the one-hot part is added apart here, and p inf - inf is NaN where (p - 1) inf is not.
+    rounded more than once, where smoothing meets a cap, whose slope differs in each entry of a tile, where products of
+    bfloat16 numbers are so fast that making the logits again costs less than converting them, or where something is not
+    finite: the one-hot part is added apart here, and p inf - inf is NaN where (p - 1) inf is not.
     """
     head = Head(problem)
     if (head.capped and c.uniform is not None) or head.operand != head.dtype:
