@@ -166,8 +166,9 @@ def test_few_classes_and_no_room_at_all():
     check(problem, RowGrads(torch.ones(150)), Needs(True, False, False))
 
 
-def test_results_repeat_bit_by_bit():
-    problem = small(n=300, d=20, v=1000, workspace=1 << 18)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_repeat_bit_by_bit(dtype):
+    problem = small(n=300, d=20, v=1000, dtype=dtype, workspace=1 << 18)
     first, second = (tiled.forward_backward(problem, RowGrads(torch.ones(300)), ALL) for _ in range(2))
     for a, b in zip((*first[0], *first[1]), (*second[0], *second[1]), strict=True):
         assert a is b is None or torch.equal(a, b)
