@@ -126,8 +126,13 @@ ELSEWHERE: dict[tuple[str, str], str] = {
         "kernels/native.py",
         "torch._inductor.codecache.CppCodeCache",
     ): "compiles C++ with inductor's flags, into its cache",
+    ("kernels/halves.py", "at::native::cpublas::brgemm"): "bfloat16 products summed up in float32, from libtorch_cpu",
     ("kernels/triton/rows.py", "torch._assert_async"): "an out-of-range target on a GPU, without waiting for it",
 }
+
+# The module whose functions stand for a DTensor's methods in graphs of torch 2.11, with all arguments but the tensor inside
+# (`args_as_value`, `kwargs_as_value`): `prim_redistribute`, `prim_to_local`. Later torches call the methods.
+DTENSOR_CLOSURES = "torch._dynamo.variables.tensor"
 
 
 def find(home: str) -> Any:

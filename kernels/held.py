@@ -20,7 +20,7 @@ from .filtered import MASSES, Filtered, Tails, room_of
 from .plan import FEWEST_HELD_ROWS, ROW_STEP, Plan, held_columns, spans, step_down
 from .rows import Coefficients, Rows
 from .spec import Grads, Problem
-from .sweeps import bias_sum, tile_of
+from .sweeps import bias_sum, put_bias, tile_of
 from .tile import Head, Sums
 
 
@@ -64,8 +64,8 @@ def held(
         tails.flush()
         if report is not None:
             report.append(tails.dropped)
-    if bias is not None and bias is not out.bias and first:
-        out.bias.copy_(bias)
+    if first:
+        put_bias(out.bias, bias)
     return blocks
 
 

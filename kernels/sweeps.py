@@ -108,8 +108,7 @@ class _Recomputed:
                     bias[start:stop] += tile.sum(1)
             if d_hidden is not None:
                 self.rows.put(out.hidden, first, last, d_hidden)
-        if bias is not None and bias is not out.bias:
-            out.bias.copy_(bias)
+        put_bias(out.bias, bias)
 
     def by_columns(self, out: Grads) -> None:
         """Each chunk of columns with all rows; its gradient of the weight is rounded once."""
@@ -117,23 +116,21 @@ class _Recomputed:
         if out.hidden is not None:
             d_hidden = out.hidden.new_empty((self.rows.count - self.begin, out.hidden.shape[1]), dtype=self.head.dtype)
         for chunk, (start, stop) in enumerate(self.chunks):
-            w = total = None  # freed before there are others
             w = self.head.columns(start, stop)
-            total = torch.empty((stop - start, w.shape[1]), dtype=self.head.dtype, device=w.device)
-            for block, (first, last) in enumerate(self.blocks):
-                hidden = self.head.rows(self.hidden(block))
-                tile = self.gradient(w, self.head.turned(hidden), chunk, block)
-                accumulate(total, tile, hidden, block == 0)
-                if d_hidden is not None:
-                    accumulate(d_hidden[first - self.begin : last - self.begin], tile.T, w, chunk == 0)
-                if bias is not None:
-                    bias[start:stop] += tile.sum(1)
-            out.weight[start:stop] = total
+            with summed(out.weight[start:stop], self.head.dtype, True) as (total, _):
+                for block, (first, last) in enumerate(self.blocks):
+                    hidden = self.head.rows(self.hidden(block))
+                    tile = self.gradient(w, self.head.turned(hidden), chunk, block)
+                    accumulate(total, tile, hidden, block == 0)
+                    if d_hidden is not None:
+                        accumulate(d_hidden[first - self.begin : last - self.begin], tile.T, w, chunk == 0)
+                    if bias is not None:
+                        bias[start:stop] += tile.sum(1)
+            del w, total  # before there are others
         if d_hidden is not None:
             for first, last in self.blocks:
                 self.rows.put(out.hidden, first, last, d_hidden[first - self.begin : last - self.begin])
-        if bias is not None and bias is not out.bias:
-            out.bias.copy_(bias)
+        put_bias(out.bias, bias)
 
 
 def new_grads(problem: Problem, rows: Rows, needs: Needs) -> Grads:
@@ -154,6 +151,12 @@ def bias_sum(out: Tensor | None, head: Head) -> Tensor | None:
     if out is None or out.dtype == head.dtype:
         return out
     return out.to(head.dtype)
+
+
+def put_bias(out: Tensor | None, total: Tensor | None) -> None:
+    """Write the sum that `bias_sum` gave; nothing to do where it is `out` itself."""
+    if out is not None and total is not None and total is not out:
+        out.copy_(total)
 
 
 def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:

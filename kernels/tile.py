@@ -55,15 +55,13 @@ class Head:
 
     def columns(self, start: int, stop: int) -> Tensor:
         """Rows start..stop of the weight (C, D), as a product's operand in a layout that BLAS takes as it is."""
-        piece = self.weight[start:stop].to(self.operand)
-        if self.operand != self.dtype:
-            return halves.rows_of(piece)
+        piece = self.rows(self.weight[start:stop])
         return piece if 1 in piece.stride() or piece.numel() == 0 else piece.contiguous()
 
-    def rows(self, hidden: Tensor) -> Tensor:
-        """hidden (R, D) as a product's operand."""
-        hidden = hidden.to(self.operand)
-        return hidden if self.operand == self.dtype else halves.rows_of(hidden)
+    def rows(self, values: Tensor) -> Tensor:
+        """Rows (.., D) of hidden or of the weight as a product's operand."""
+        values = values.to(self.operand)
+        return values if self.operand == self.dtype else halves.rows_of(values)
 
     def turned(self, hidden: Tensor) -> Tensor:
         """hidden (R, D) as the operand (D, R) of `product`."""

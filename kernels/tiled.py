@@ -103,15 +103,14 @@ def _both(
     plan = make_plan(problem, rows, needs)
     if fits(problem, rows, plan):
         sums = Whole(problem, rows).sums_and_gradients(c, out)
-        rows.clear_skipped(out.hidden)
-        return _stats(problem, rows, sums), out
-    blocks = held(problem, rows, c, plan, out, report)
-    done = sum(b.max.shape[0] for b in blocks)
-    if done < rows.count:
-        blocks += sweep(problem, rows, done)
-    sums = concatenate(blocks, problem)
-    if done < rows.count:
-        recompute(problem, rows, Norm(sums.max[done:], sums.sumexp[done:]), c, needs, out, done)
+    else:
+        blocks = held(problem, rows, c, plan, out, report)
+        done = sum(b.max.shape[0] for b in blocks)
+        if done < rows.count:
+            blocks += sweep(problem, rows, done)
+        sums = concatenate(blocks, problem)
+        if done < rows.count:
+            recompute(problem, rows, Norm(sums.max[done:], sums.sumexp[done:]), c, needs, out, done)
     rows.clear_skipped(out.hidden)
     return _stats(problem, rows, sums), out
 

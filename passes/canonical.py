@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.fx import Node
 
-from .._torch import HigherOrderOperator, OpOverload, OpOverloadPacket, c_nn
+from .._torch import DTENSOR_CLOSURES, HigherOrderOperator, OpOverload, OpOverloadPacket, c_nn
 
 _ALIASES = {
     "truediv": "div",
@@ -46,9 +46,6 @@ _ALIASES = {
     "concat": "cat",
     "concatenate": "cat",
 }
-
-# Where torch 2.11 makes functions of a DTensor's methods, with all arguments but the tensor inside: `prim_redistribute`.
-_CLOSURES = "torch._dynamo.variables.tensor"
 
 # Operations that change a tensor's dtype, or its device, and nothing else.
 CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as")
@@ -106,7 +103,7 @@ def canonical(node: Node) -> str | Callable[..., Any] | None:
 
 def canonical_callable(function: Callable[..., Any]) -> str | Callable[..., Any]:
     """The name of a function or method descriptor, or itself where it has none."""
-    if getattr(function, "__module__", None) == _CLOSURES:
+    if getattr(function, "__module__", None) == DTENSOR_CLOSURES:
         return function.__name__.removeprefix("prim_")
     try:
         return _functions().get(function, function)
@@ -116,7 +113,7 @@ def canonical_callable(function: Callable[..., Any]) -> str | Callable[..., Any]
 
 def arguments(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a node after the first, and those by name; of one of Dynamo's closures, what it closes over."""
-    if getattr(node.target, "__module__", None) != _CLOSURES:
+    if getattr(node.target, "__module__", None) != DTENSOR_CLOSURES:
         return node.args[1:], dict(node.kwargs)
     inside = inspect.getclosurevars(node.target).nonlocals  # type: ignore[arg-type]
     return tuple(inside.get("args_as_value", ())), dict(inside.get("kwargs_as_value", {}))
