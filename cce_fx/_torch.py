@@ -123,7 +123,7 @@ OPTIONAL: dict[tuple[str, str], str] = {
 # Used where nothing of the project may be imported: `kernels/` stands alone.
 ELSEWHERE: dict[tuple[str, str], str] = {
     (
-        "kernels/native.py",
+        "kernels/native/build.py",
         "torch._inductor.codecache.CppCodeCache",
     ): "compiles C++ with inductor's flags, into its cache",
     ("kernels/halves.py", "at::native::cpublas::brgemm"): "bfloat16 products summed up in float32, from libtorch_cpu",

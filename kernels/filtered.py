@@ -49,11 +49,11 @@ class Room:
     elements: int
 
 
-def room_of(problem: Problem, elements: int) -> Room:
-    """A part of a workspace of `elements`; the copies stay in the cache."""
+def room_of(problem: Problem, elements: int, share: int = 32) -> Room:
+    """A part of a workspace of `elements`, a `share`th at the most for tails; the copies stay in the cache."""
     classes, width = problem.weight.shape
     gathered = min(classes, max(min(1 << 19, elements // 8) // max(width, 1), 64))
-    tails = max(1, min(16, elements // 32 // classes))
+    tails = max(1, min(16, elements // share // classes))
     return Room(gathered, tails, gathered * width + classes * (10 + 2 * tails))
 
 
@@ -69,6 +69,34 @@ class Choice:
     mass: Tensor  # (R,) prob_i mu_i
 
 
+def largest(prob: Tensor) -> Tensor:
+    """The largest |prob| of a block, by which masses are divided."""
+    return prob.abs().max().clamp_min(torch.finfo(prob.dtype).tiny)
+
+
+def choose(levels: Tensor, sums: Tensor, mass: Tensor, prob: Tensor, eps: float) -> tuple[Choice, Choice]:
+    """What the gradient of hidden drops and what that of the weight does: classes with the smallest sums.
+
+    From the levels (V,), and of p = |prob| softmax / `largest(prob)` the sums (V,) over the rows and, of each level and row,
+    over its classes, (LEVELS, R).
+    """
+    weight, top = prob.abs(), largest(prob)
+    below = mass.double().flip(0).cumsum(0).flip(0)  # of each level and those after it
+    bound = eps * (weight / top).double()
+    by_row = (below <= bound).all(1)
+    on_average = below.sum(1) <= bound.sum() / 2
+
+    def cut(allowed: Tensor) -> Choice:
+        first = int(allowed.to(torch.uint8).argmax()) if bool(allowed.any()) else LEVELS
+        first = max(first, 1)  # targets are at level 0
+        kept = levels < first
+        dropped = below[first].to(weight.dtype) if first < LEVELS else torch.zeros_like(weight)
+        mean = sums.masked_fill(kept, 0).div_(dropped.sum().clamp_min(torch.finfo(weight.dtype).tiny))
+        return Choice(kept, mean, dropped * (top * prob.sign()))
+
+    return cut(by_row), cut(on_average)
+
+
 class Tails:
     """The rank-one parts of several blocks, which share one pass over the weight and its gradient."""
 
@@ -82,6 +110,8 @@ class Tails:
 
     def add(self, rows: slice | Tensor, for_hidden: Choice, for_weight: Choice, hidden: Tensor) -> None:
         """Add mass times mean of a block with `hidden` (R, D) to the gradients, at the latest with `flush`."""
+        self.dropped.rows[rows] = for_hidden.mass.abs()
+        self.dropped.columns.add_(for_weight.mean, alpha=float(for_weight.mass.abs().sum()))
         self.means[0, len(self.blocks)], self.means[1, len(self.blocks)] = for_hidden.mean, for_weight.mean
         self.blocks.append((rows, for_hidden.mass, for_weight.mass @ hidden))
         if len(self.blocks) == self.means.shape[1]:
@@ -141,40 +171,19 @@ class Filtered(Exact):
         self._put_hidden()
         if self.out.bias is not None:  # its sums are over the classes of the first use
             self.out.bias.add_(uses[0][0].mean, alpha=float(uses[0][0].mass.sum()))
-        self.tails.add(self._numbers(), for_hidden, for_weight, self.hidden)
+        self.tails.add(self.rows.numbers(self.block.first, self.block.last), for_hidden, for_weight, self.hidden)
 
     def _choose(self, highest: Tensor, factor: Tensor) -> tuple[Choice, Choice]:
-        """What the gradient of hidden drops and what that of the weight does: classes with the smallest sums."""
-        head, weight = self.head, self.c.prob.abs()
-        top = weight.max().clamp_min(torch.finfo(weight.dtype).tiny)
-        levels = torch.zeros(head.classes, dtype=torch.uint8, device=weight.device)
-        sums, mass = weight.new_zeros(head.classes), weight.new_zeros(LEVELS, len(weight))
+        head, prob = self.head, self.c.prob
+        top = largest(prob)
+        levels = torch.zeros(head.classes, dtype=torch.uint8, device=prob.device)
+        sums, mass = prob.new_zeros(head.classes), prob.new_zeros(LEVELS, len(prob))
         for number, (start, stop) in enumerate(self.block.chunks):
             if (hit := self.hits[number]) is not None:
                 levels[start + hit.column] = 1
             share = exp_(self.collector.max[number] - highest) * (factor.abs() / top)
             head.elementwise.levels(self.block.tiles[number], share, levels[start:stop], sums[start:stop], mass)
-        below = mass.double().flip(0).cumsum(0).flip(0)  # of each level and those after it
-        bound = self.eps * (weight / top).double()
-        by_row = (below <= bound).all(1)
-        on_average = below.sum(1) <= bound.sum() / 2
-
-        def cut(allowed: Tensor) -> Choice:
-            first = int(allowed.to(torch.uint8).argmax()) if bool(allowed.any()) else LEVELS
-            first = max(first, 1)  # targets are at level 0
-            kept = levels < first
-            dropped = below[first].to(weight.dtype) if first < LEVELS else torch.zeros_like(weight)
-            mean = sums.masked_fill(kept, 0).div_(dropped.sum().clamp_min(torch.finfo(weight.dtype).tiny))
-            return Choice(kept, mean, dropped * (top * self.c.prob.sign()))
-
-        for_hidden, for_weight = cut(by_row), cut(on_average)
-        self.tails.dropped.rows[self._numbers()] = for_hidden.mass.abs()
-        self.tails.dropped.columns.add_(for_weight.mean, alpha=float(for_weight.mass.abs().sum()))
-        return for_hidden, for_weight
-
-    def _numbers(self) -> slice | Tensor:
-        first, last = self.block.first, self.block.last
-        return slice(first, last) if self.rows.index is None else self.rows.index[first:last]
+        return choose(levels, sums, mass, prob, self.eps)
 
     def _use_kept(self, number: int, scale: Tensor, uses: list[tuple[Choice, _Add]]) -> None:
         head, out, hit = self.head, self.out, self.hits[number]

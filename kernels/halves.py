@@ -25,13 +25,13 @@ NAME = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 
 def usable(problem: Problem) -> bool:
     """Whether the products of `problem` are made so. A filter has products of its own."""
-    return (
-        problem.hidden.dtype == torch.bfloat16
-        and problem.hidden.device.type == "cpu"
-        and problem.filter_eps is None
-        and problem.weight.numel() > 0
-        and _routine() is not None
-    )
+    cpu = problem.hidden.device.type == "cpu"
+    return cpu and problem.filter_eps is None and problem.weight.numel() > 0 and preferred(problem.hidden.dtype)
+
+
+def preferred(dtype: torch.dtype) -> bool:
+    """Whether this processor has such products for numbers of `dtype`."""
+    return dtype == torch.bfloat16 and _routine() is not None
 
 
 @functools.cache

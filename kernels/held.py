@@ -37,7 +37,7 @@ def held(
     head = Head(problem)
     if (head.capped and c.uniform is not None) or head.operand != head.dtype:
         return []
-    bias = bias_sum(out.bias, head)
+    bias = bias_sum(out.bias, head.dtype)
     tails = None
     if problem.filter_eps is not None and bool(c.prob.isfinite().all()):
         room = room_of(problem, plan.elements)

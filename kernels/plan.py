@@ -6,12 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from .combine import statistics_dtype
 from .halves import usable
 from .rows import Rows
 from .spec import Needs, Problem
 
 LARGEST_WORKSPACE = 64 << 20
+LARGEST_FUSED = 16 << 20  # of compiled code, which is as fast with fewer rows to a block
+FUSED_THREAD = 2 << 20  # of each thread, where many threads need more
+FUSED_ROW = 48  # bytes that a row takes beside the workspace
 SMALLEST_WORKSPACE = 1 << 20
 FEWEST_HELD_ROWS = 112  # with fewer, the products are slow enough that making the logits twice is faster
 ROW_STEP = 16  # BLAS kernels waste what is left over beyond a multiple of their width
@@ -43,7 +48,7 @@ def make_plan(problem: Problem, rows: Rows, needs: Needs, beside: int = 0) -> Pl
     """Tile sizes for `rows` of `problem`, with `beside` elements of the workspace taken by something else; at the least 16
     rows by 64 columns, whatever the workspace."""
     n, (classes, width) = max(rows.count, 1), problem.weight.shape
-    budget = _elements(problem, n) - beside
+    budget = elements(problem, n) - beside
     converts = problem.hidden.dtype != statistics_dtype(problem.hidden.dtype)
     gathers = rows.index is not None
     tiles = 2 if problem.epilogue.softcap is not None else 1
@@ -71,23 +76,30 @@ def held_columns(rows: int, classes: int, plan: Plan) -> int:
     return max(min(classes, columns, plan.elements // rows), 1)
 
 
-def default_workspace(rows: Any, classes: Any, item: int, largest: Any = max, smallest: Any = min) -> Any:
+def default_workspace(
+    rows: Any, classes: Any, item: int, largest: Any = max, smallest: Any = min, fused: bool = False
+) -> Any:
     """Bytes that may be held beyond the results where nobody says how many, for logits of `item` bytes.
 
     A 20th of what a dense loss holds (three times the logits), from 1 to 64 MiB. Rows are what it buys, and with twice the
     rows to a block the weight and its gradient cross the memory bus half as often: from 16 to 64 MiB the time at N=4096
-    D=1024 V=50257 falls by a seventh, from 64 to 256 by a twentieth (`benchmarks kernel`).
+    D=1024 V=50257 falls by a seventh, from 64 to 256 by a twentieth (`benchmarks kernel`). Compiled code (`fused`) is as fast
+    with fewer rows: it gets a 21st of the logits, which with what is held for each row is a 20th, and 16 MiB with that.
 
     Sizes may be symbols, with the library's own functions for the `largest` and the `smallest` of two.
     """
-    return smallest(largest(3 * item * rows * classes // 20, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
+    if not fused:
+        return smallest(largest(3 * item * rows * classes // 20, SMALLEST_WORKSPACE), LARGEST_WORKSPACE)
+    most = max(LARGEST_FUSED, FUSED_THREAD * torch.get_num_threads())
+    beside = largest(most - FUSED_ROW * rows, most // 4)
+    return smallest(largest(item * rows * classes // 21, SMALLEST_WORKSPACE), beside)
 
 
-def _elements(problem: Problem, rows: int) -> int:
+def elements(problem: Problem, rows: int, fused: bool = False) -> int:
     """The workspace in elements of the accumulation dtype."""
     item = statistics_dtype(problem.hidden.dtype).itemsize
     size = problem.workspace
-    return (default_workspace(rows, problem.weight.shape[0], item) if size is None else size) // item
+    return (default_workspace(rows, problem.weight.shape[0], item, fused=fused) if size is None else size) // item
 
 
 def step_down(rows: int) -> int:

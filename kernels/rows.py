@@ -28,6 +28,10 @@ class Rows:
         """Rows start..stop of (N, ...) `values`: a view where all rows are computed, else a copy."""
         return values[start:stop] if self.index is None else values.index_select(0, self.index[start:stop])
 
+    def numbers(self, start: int, stop: int) -> slice | Tensor:
+        """The numbers of rows start..stop among the N rows."""
+        return slice(start, stop) if self.index is None else self.index[start:stop]
+
     def put(self, out: Tensor, start: int, stop: int, values: Tensor) -> None:
         """Write rows start..stop of (N, ...) `out`; nothing to do for a view that `place` gave."""
         if self.index is not None:
@@ -120,7 +124,8 @@ def coefficients(problem: Problem, rows: Rows, grads: RowGrads) -> Coefficients:
     def chosen(grad: Tensor | None, ignored_too: bool = False) -> Tensor | None:
         if grad is None:
             return None
-        grad = rows.take(grad, 0, problem.target.shape[0]).to(dtype) * chain
+        grad = rows.take(grad, 0, problem.target.shape[0]).to(dtype)
+        grad = grad if chain == 1.0 else grad * chain
         return grad if rows.valid is None or ignored_too else grad.masked_fill(~rows.valid, 0)
 
     nll = chosen(grads.nll)

@@ -91,7 +91,7 @@ class _Recomputed:
 
     def by_rows(self, out: Grads) -> None:
         """Each block of rows with all columns; its gradient of hidden is rounded once."""
-        bias = bias_sum(out.bias, self.head)
+        bias = bias_sum(out.bias, self.head.dtype)
         for block, (first, last) in enumerate(self.blocks):
             hidden = self.head.rows(self.hidden(block))
             turned = self.head.turned(hidden)
@@ -112,7 +112,7 @@ class _Recomputed:
 
     def by_columns(self, out: Grads) -> None:
         """Each chunk of columns with all rows; its gradient of the weight is rounded once."""
-        bias, d_hidden = bias_sum(out.bias, self.head), None
+        bias, d_hidden = bias_sum(out.bias, self.head.dtype), None
         if out.hidden is not None:
             d_hidden = out.hidden.new_empty((self.rows.count - self.begin, out.hidden.shape[1]), dtype=self.head.dtype)
         for chunk, (start, stop) in enumerate(self.chunks):
@@ -147,10 +147,9 @@ def new_grads(problem: Problem, rows: Rows, needs: Needs) -> Grads:
     return Grads(hidden, weight, bias)
 
 
-def bias_sum(out: Tensor | None, head: Head) -> Tensor | None:
-    if out is None or out.dtype == head.dtype:
-        return out
-    return out.to(head.dtype)
+def bias_sum(out: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Where to sum up the gradient of a bias in `dtype`: in `out` itself, if it has that."""
+    return out if out is None or out.dtype == dtype else out.to(dtype)
 
 
 def put_bias(out: Tensor | None, total: Tensor | None) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import halves
 from .combine import finite, local_class_weight, statistics_dtype
 from .elementwise import exp_
-from .native import elementwise
+from .native.walks import elementwise
 from .rows import Coefficients
 from .spec import Partials, Problem
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import fused
 from .combine import combine as combine  # part of this module's interface
 from .combine import finish as finish
 from .combine import local_class_weight, log_sum_exp, mask_ignored
@@ -55,7 +56,9 @@ def _from_norm(problem: Problem, rows: Rows, norm: Norm, grads: RowGrads, needs:
     c = coefficients(problem, rows, grads)
     out = new_grads(problem, rows, needs)
     norm = Norm(*(rows.take(t, 0, t.shape[0]) for t in norm))
-    if fits(problem, rows, make_plan(problem, rows, needs)):
+    if fused.gradients(problem, rows, norm, c, out):
+        pass
+    elif fits(problem, rows, make_plan(problem, rows, needs)):
         Whole(problem, rows).gradients(norm, c, out)
     elif rows.count:
         recompute(problem, rows, norm, c, needs, out)
@@ -65,6 +68,8 @@ def _from_norm(problem: Problem, rows: Rows, norm: Norm, grads: RowGrads, needs:
 
 def _sums(problem: Problem, rows: Rows) -> Sums:
     """Sums (n,) of the computed rows."""
+    if (sums := fused.sums(problem, rows)) is not None:
+        return sums
     if fits(problem, rows, make_plan(problem, rows, Needs(False, False, False))):
         made = Whole(problem, rows)
         return made.sums(made.logits(keep=False))
@@ -100,6 +105,9 @@ def _both(
     if not any(needs):
         return _stats(problem, rows, _sums(problem, rows)), Grads(None, None, None)
     c, out = coefficients(problem, rows, grads), new_grads(problem, rows, needs)
+    if (sums := fused.sums_and_gradients(problem, rows, c, out, report)) is not None:
+        rows.clear_skipped(out.hidden)
+        return _stats(problem, rows, sums), out
     plan = make_plan(problem, rows, needs)
     if fits(problem, rows, plan):
         sums = Whole(problem, rows).sums_and_gradients(c, out)

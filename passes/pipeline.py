@@ -136,7 +136,7 @@ def _source() -> bytes:
     # Not the package's own file, which it has none of where a folder of its name beside the script hides its __init__.
     package = Path(functional_file).resolve().parent
     for folder in (root, package, package / "kernels"):
-        files = (p for p in folder.resolve().rglob("*") if p.suffix in (".py", ".cpp"))
+        files = (p for p in folder.resolve().rglob("*") if p.suffix in (".py", ".cpp", ".h"))
         for path in sorted(files):
             digest.update(path.read_bytes())
     return digest.digest()

@@ -121,7 +121,14 @@ def test_reset_compiles_again_and_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    "file", ["cce_fx/_version.py", "passes/rules/loss.py", "kernels/tiled.py", "kernels/native.cpp"]
+    "file",
+    [
+        "cce_fx/_version.py",
+        "passes/rules/loss.py",
+        "kernels/tiled.py",
+        "kernels/native/fused.cpp",
+        "kernels/native/head.h",
+    ],
 )
 def test_version_and_sources_are_part_of_the_key(tmp_path: Path, file: str) -> None:
     """The digest in every key is of the sources, those in other languages too, and the version's file among them."""

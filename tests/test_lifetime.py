@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ import cce_fx
 from benchmarks.measure import allocations
 from cce_fx import LazyLogits
 from cce_fx.kernels import block, sweeps, whole
+from cce_fx.kernels.native import fused as native
 
 ROWS, D, V = 24, 8, 1100
 
@@ -191,32 +192,38 @@ def test_fork_and_spawn(tmp_path: Path) -> None:
     assert done.returncode == 0 and "agreed" in done.stdout and "LazyLogits" in done.stdout, done.stderr
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, module: Any, call: int) -> None:
-    """Let the `call`th product of a kernel be where Ctrl-C arrives."""
-    original, count = module.accumulate, [0]
+def interrupted(monkeypatch: pytest.MonkeyPatch, owner: Any, names: list[str], call: int) -> None:
+    """Let the `call`th of the functions of a kernel be where Ctrl-C arrives."""
+    count = [0]
 
-    def accumulate(*args: Any) -> None:
-        count[0] += 1
-        if count[0] == call:
-            signal.raise_signal(signal.SIGINT)
-        original(*args)
+    def stopping(original: Callable[..., Any]) -> Callable[..., Any]:
+        def function(*args: Any) -> Any:
+            count[0] += 1
+            if count[0] == call:
+                signal.raise_signal(signal.SIGINT)
+            return original(*args)
 
-    monkeypatch.setattr(module, "accumulate", accumulate)
+        return function
+
+    for name in names:
+        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
 
 
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize(
-    ("strategy", "module"), [("grads_in_forward", block), ("recompute", sweeps)], ids=["held", "recompute"]
-)
+@pytest.mark.parametrize("where", ["compiled", "held", "recompute"])
 def test_an_interrupt_inside_the_kernel(
-    monkeypatch: pytest.MonkeyPatch, no_gc: None, ctrl_c: None, strategy: str, module: Any, call: int
+    monkeypatch: pytest.MonkeyPatch, no_gc: None, ctrl_c: None, where: str, call: int
 ) -> None:
     gen = torch.Generator().manual_seed(0)
     h, w = (torch.randn(*s, generator=gen).requires_grad_() for s in ((ROWS, D), (V, D)))
     y = torch.randint(V, (ROWS,), generator=gen)
-
+    workspace = 1 << 16 if where == "recompute" else None  # a tile at a time, or all of it
+    strategy = "recompute" if where == "recompute" else "grads_in_forward"
+    code = native.compiled(torch.float32) if where == "compiled" else None
+    if where == "compiled" and code is None:
+        return  # not for this processor
+    monkeypatch.setattr(native, "_prepared", set() if code is None else {torch.float32})
     monkeypatch.setattr(whole, "LARGEST", 0)  # in tiles, as large problems are
-    workspace = None if module is block else 1 << 16  # all of it, or a tile at a time
 
     def step() -> list[Tensor]:
         loss = cce_fx.linear_cross_entropy(h, w, y, strategy=strategy, workspace=workspace)  # type: ignore[arg-type]
@@ -224,7 +231,10 @@ def test_an_interrupt_inside_the_kernel(
 
     expected, before = step(), tensors_alive()
     with monkeypatch.context() as patch:
-        interrupted(patch, module, call)
+        if code is None:
+            interrupted(patch, block if where == "held" else sweeps, ["accumulate"], call)
+        else:
+            interrupted(patch, code, ["sums", "tiles"], call)
         with pytest.raises(KeyboardInterrupt):
             step()
     gc.collect()  # the traceback of the interrupt holds frames

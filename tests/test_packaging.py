@@ -93,7 +93,7 @@ def test_the_sdist_holds_what_a_build_needs_and_nothing_else(built: Path) -> Non
     extra = {"PKG-INFO", "setup.cfg", *SOURCES} - {"cce_fx", "passes", "kernels"}
     code = {n for n in names if n.startswith("cce_fx/")}
     files = subprocess.run(
-        ["git", "ls-files", "*.py", "*.cpp"], capture_output=True, text=True, cwd=ROOT, check=True
+        ["git", "ls-files", "*.py", "*.cpp", "*.h"], capture_output=True, text=True, cwd=ROOT, check=True
     ).stdout.split()
     ours = {
         f if f.startswith("cce_fx/") else f"cce_fx/{f}"
@@ -101,7 +101,7 @@ def test_the_sdist_holds_what_a_build_needs_and_nothing_else(built: Path) -> Non
         if f.startswith(("cce_fx/", "passes/", "kernels/"))
     }
     assert ours | {"cce_fx/py.typed"} <= code
-    assert all(n.endswith((".py", ".cpp", "py.typed")) for n in code)
+    assert all(n.endswith((".py", ".cpp", ".h", "py.typed")) for n in code)
     assert {n for n in names - code if ".egg-info/" not in n} == extra
 
 
@@ -179,9 +179,13 @@ def test_a_folder_of_the_package_s_name_beside_the_script_does_no_harm(tmp_path:
 
 
 def test_every_source_file_names_its_licence() -> None:
-    found = subprocess.run(["git", "ls-files", "*.py", "*.cpp"], capture_output=True, text=True, cwd=ROOT, check=True)
+    found = subprocess.run(
+        ["git", "ls-files", "*.py", "*.cpp", "*.h"], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     texts = {name: (ROOT / name).read_text(encoding="utf-8") for name in found.stdout.split()}
     assert len(texts) > 80
     line = "SPDX-License-Identifier: Apache-2.0\n"
-    bare = [n for n, t in texts.items() if t and not t.startswith(("// " if n.endswith(".cpp") else "# ") + line)]
+    bare = [
+        n for n, t in texts.items() if t and not t.startswith(("// " if n.endswith((".cpp", ".h")) else "# ") + line)
+    ]
     assert not bare, "begin each with `# SPDX-License-Identifier: Apache-2.0`: " + " ".join(bare)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from types import ModuleType
 from unittest import mock
@@ -11,8 +13,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cce_fx.kernels import reference, tiled, whole
+from cce_fx.kernels import fused, reference, tiled, whole
 from cce_fx.kernels.combine import finish, statistics_dtype
+from cce_fx.kernels.native import fused as native
 from cce_fx.kernels.spec import Epilogue, Needs, Problem, RowGrads, Stats
 
 ALL = Needs()
@@ -79,7 +82,8 @@ def gradient_terms(problem: Problem, grads: RowGrads, field: str) -> float:
     """The size of what a gradient is a sum of: probability and one-hot times row gradient times the other factor.
 
     A sum of k numbers is off by up to k/2 ulp of it, in the dtype of accumulation, and that much is left where a gradient
-    cancels to zero: with all classes alike every rounding of the sum may go the same way.
+    cancels to zero: with all classes alike every rounding of the sum may go the same way. And a probability is off by the
+    error of its logit, relative to itself.
     """
     if problem.target.numel() == 0:
         return 0.0
@@ -88,23 +92,46 @@ def gradient_terms(problem: Problem, grads: RowGrads, field: str) -> float:
     row = row + (0 if grads.smooth is None else grads.smooth.abs().max() * classes)
     factor = {"hidden": problem.weight, "weight": problem.hidden, "bias": torch.ones(1)}[field]
     size = float((row * abs(e.scale * e.post_scale) * factor.double().abs().max()).nan_to_num(0, 0, 0))
-    summands = classes if field == "hidden" else problem.target.numel()
-    accumulated = summands / 2 * torch.finfo(statistics_dtype(problem.hidden.dtype)).eps
-    return size * (1 + accumulated / (_FEW * torch.finfo(problem.hidden.dtype).eps))
+    ulps = (classes if field == "hidden" else problem.target.numel()) / 2 + logit_terms(problem)
+    exact, own = (torch.finfo(t).eps for t in (statistics_dtype(problem.hidden.dtype), problem.hidden.dtype))
+    return size * (1 + ulps * exact / (_FEW * own))
 
 
-def check(problem: Problem, grads: RowGrads, needs: Needs, kernel: ModuleType = tiled, **how: str) -> None:
-    """Every entry point of `kernel` agrees with the reference; `how` goes to its backward."""
+@contextlib.contextmanager
+def in_torch_operations(largest_whole: int = whole.LARGEST) -> Iterator[None]:
+    """Without the compiled head, as on other processors; problems of up to `largest_whole` logits as one tile."""
+    with mock.patch.object(fused, "compiled", lambda dtype: None), mock.patch.object(whole, "LARGEST", largest_whole):
+        yield
+
+
+@contextlib.contextmanager
+def prepared() -> Iterator[None]:
+    """With the compiled head for problems of any size, as in a program that `torch.compile` has compiled."""
+    with mock.patch.object(native, "_prepared", set(native.STORAGE)):
+        yield
+
+
+# Small problems in tiles too, as large ones are.
+WAYS = {
+    "compiled": prepared,
+    "in torch operations": in_torch_operations,
+    "in tiles": lambda: in_torch_operations(0),
+}
+
+
+def check(
+    problem: Problem, grads: RowGrads, needs: Needs, kernel: ModuleType = tiled, ways: Iterable[str] = WAYS, **how: str
+) -> None:
+    """Every entry point of `kernel` agrees with the reference, the tiled kernel in all `ways`; `how` goes to its backward."""
     exact_stats, exact_grads = reference.forward_backward(problem, grads, needs)
     dense_stats, dense_grads = reference.forward_backward(problem, grads, needs, problem.hidden.dtype)
     found = {}
-    # Small problems in tiles too, as large ones are.
-    for way, largest in (("", whole.LARGEST), (" in tiles", 0)) if kernel is tiled else (("", 0),):
-        with mock.patch.object(whole, "LARGEST", largest):
+    for way in ways if kernel is tiled else ["as it is"]:
+        with WAYS.get(way, contextlib.nullcontext)():
             stats = kernel.forward(problem)
-            found["forward_backward" + way] = kernel.forward_backward(problem, grads, needs, **how)
-            found["forward, backward" + way] = stats, kernel.backward(problem, stats.norm, grads, needs, **how)
-            found["partial" + way] = finish(kernel.partial(problem), problem), None
+            found[f"forward_backward, {way}"] = kernel.forward_backward(problem, grads, needs, **how)
+            found[f"forward, backward, {way}"] = stats, kernel.backward(problem, stats.norm, grads, needs, **how)
+            found[f"partial, {way}"] = finish(kernel.partial(problem), problem), None
     for name, got in found.items():
         for part, exact, dense in zip(got, (exact_stats, exact_grads), (dense_stats, dense_grads), strict=True):
             if part is not None:
@@ -114,8 +141,8 @@ def check(problem: Problem, grads: RowGrads, needs: Needs, kernel: ModuleType = 
                     else:
                         terms = stats_terms(problem, exact_stats, field, sharded=name.startswith("partial"))
                     assert_as_good(a, b, c, f"{name}: {field}", terms)
-        for g in got[1] or ():
-            assert g is None or (g.dtype == problem.hidden.dtype and g.is_contiguous())
+        for g, of in zip(got[1] or (), (problem.hidden, problem.weight, problem.bias), strict=False):
+            assert g is None or (g.dtype == of.dtype and g.is_contiguous())
 
 
 def tensor(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator, layout: str = "rows") -> Tensor:

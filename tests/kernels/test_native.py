@@ -10,16 +10,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cce_fx.kernels import native
 from cce_fx.kernels.elementwise import Torch
+from cce_fx.kernels.native import build, walks
 from cce_fx.kernels.spec import Problem
 from tests.kernels.contract import check, problems, small
 
-COMPILED = native._load()
+COMPILED = walks.compiled()
 
 
 def forced():
-    return mock.patch.object(native, "FEWEST_LOGITS", 0)
+    return mock.patch.object(build, "FEWEST_LOGITS", 0)
 
 
 @st.composite
@@ -97,10 +97,10 @@ def test_sums_do_not_depend_on_the_number_of_threads():
 
 
 def test_small_problems_and_other_dtypes_compile_nothing():
-    assert isinstance(native.elementwise(small()), Torch)
+    assert isinstance(walks.elementwise(small()), Torch)
     with forced():
-        assert isinstance(native.elementwise(small()), native.Native)
-        assert isinstance(native.elementwise(small(dtype=torch.float64)), Torch)
+        assert isinstance(walks.elementwise(small()), walks.Native)
+        assert isinstance(walks.elementwise(small(dtype=torch.float64)), Torch)
 
 
 def test_without_a_compiler_torch_operations_serve(monkeypatch):
@@ -108,17 +108,20 @@ def test_without_a_compiler_torch_operations_serve(monkeypatch):
         raise OSError("no compiler")
 
     monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", missing)
-    native._load.cache_clear()
+    caches = build.library, walks.compiled
+    for cache in caches:
+        cache.cache_clear()
     try:
-        with forced(), mock.patch.object(native._log, "info") as said:
-            assert isinstance(native.elementwise(small()), Torch)
+        with forced(), mock.patch.object(build._log, "info") as said:
+            assert isinstance(walks.elementwise(small()), Torch)
         assert "no compiler" in str(said.call_args)
     finally:
-        native._load.cache_clear()
+        for cache in caches:
+            cache.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_converted_and_then_compiled(dtype):
     with forced():
         problem: Problem = small(n=40, d=8, v=300, dtype=dtype)
-        assert isinstance(native.elementwise(problem), native.Native)
+        assert isinstance(walks.elementwise(problem), walks.Native)

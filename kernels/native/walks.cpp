@@ -1,61 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What is done to each entry of a tile of logits (C, R), in as few walks over memory as can be. See native.py.
+// What is done to each entry of a tile of logits (C, R), in as few walks over memory as can be. See walks.py.
 //
 // Threads share the columns, so that each reads one stretch of memory from its beginning to its end. Columns come in
 // pieces of a fixed size whose sums are added up in their order: results do not depend on the number of threads.
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
 namespace {
 
-constexpr int64_t kLanes = 16;
-constexpr int64_t kAtOnce = 4;    // columns: each sum is read and written once for this many
-constexpr float kFloor = -75.0f;  // exp below this is near the denormal numbers, which are slow to make and to multiply
-
-typedef float Floats __attribute__((vector_size(4 * kLanes)));  // split up where registers are narrower
-typedef int32_t Ints __attribute__((vector_size(4 * kLanes)));
-
-#define INLINE inline __attribute__((always_inline))
-
-INLINE Floats load(const float* from) {
-  Floats value;
-  std::memcpy(&value, from, sizeof value);
-  return value;
-}
-
-INLINE void store(float* to, Floats value) { std::memcpy(to, &value, sizeof value); }
-
-// The last rows of a tile, where they do not fill a vector.
-INLINE Floats load_some(const float* from, int64_t count) {
-  Floats value = {};
-  std::memcpy(&value, from, sizeof(float) * count);
-  return value;
-}
+constexpr int64_t kAtOnce = 4;  // columns: each sum is read and written once for this many
 
 INLINE void store_some(float* to, Floats value, int64_t count) { std::memcpy(to, &value, sizeof(float) * count); }
-
-// exp of x <= 0 to about one unit in the last place, 0 below kFloor, NaN for NaN.
-// x = n log 2 + r with |r| <= log(2) / 2, and the polynomial is a minimax fit of exp there.
-INLINE Floats exp_floor(Floats x) {
-  constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
-  const Floats shifted = x * 1.44269504088896341f + kMagic;
-  const Floats n = shifted - kMagic;
-  Floats r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  const Floats power = (Floats)((Ints)(shifted + 127.0f) << 23);
-  return x < kFloor ? Floats{} : p * power;
-}
-
-// The larger of two, NaN if either is.
-INLINE Floats larger(Floats a, Floats b) { return a > b || a != a ? a : b; }
 
 struct Tile {
   float* values;
@@ -72,7 +25,7 @@ INLINE void each_vector(int64_t rows, const Walk& walk) {
   for (; j + kLanes <= rows; j += kLanes)
     walk(j, [](const float* from) __attribute__((always_inline)) { return load(from); }, [](float* to, Floats v) __attribute__((always_inline)) { store(to, v); });
   if (const int64_t left = rows - j; left > 0)
-    walk(j, [left](const float* from) __attribute__((always_inline)) { return load_some(from, left); },
+    walk(j, [left](const float* from) __attribute__((always_inline)) { return some_floats(from, left); },
          [left](float* to, Floats v) __attribute__((always_inline)) { store_some(to, v, left); });
 }
 
@@ -128,14 +81,6 @@ void add_pieces(const float* scratch, int64_t pieces, int64_t rows, float* out) 
 
 constexpr int32_t kLevels = 64;
 constexpr int32_t kOne = 254;  // the exponent of 1.0 and the first bit of its mantissa
-
-INLINE float sum_of(Floats values) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &values, sizeof lanes);
-  for (int64_t half = kLanes / 2; half > 0; half /= 2)
-    for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-  return lanes[0];
-}
 
 // One column of p = values * factor: its sum, its level, and p added to its level's row of mass.
 INLINE void level_of(const float* values, int64_t rows, const float* factor, uint8_t* level, float* sum, float* mass) {

@@ -1,31 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """The walks of `elementwise` as compiled code, three to six times as fast as torch operations: float32 on a CPU.
 
-`native.cpp` is compiled once per machine by the C++ compiler that inductor uses, with its flags and into its cache on
-disk. Where there is no compiler, or too little to do for it to pay, the torch operations serve.
+Where there is no compiler, or too little to do for it to pay, the torch operations serve.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import logging
-import platform
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .elementwise import Elementwise, Torch
-from .spec import Problem
+from ..elementwise import Elementwise, Torch
+from ..spec import Problem
+from . import build
+from .build import address, library
 
-_log = logging.getLogger("cce_fx")
-
-FEWEST_LOGITS = 1 << 24  # of a problem; compiling takes about as long as two hundred times as many entries
 _PIECE = 128  # columns that a thread takes at a time
 _LEVELS_PIECE = 512  # and where each piece has sums for every level
-_X86 = ("-mprefer-vector-width=512",) if platform.machine().lower() in ("x86_64", "amd64") else ()
-_FLAGS = ("-ffp-contract=fast", *_X86)
 _TORCH = Torch()
 
 
@@ -33,26 +26,23 @@ def elementwise(problem: Problem) -> Elementwise:
     """The fastest way for the tiles of `problem`."""
     rows, classes = problem.hidden.shape[0], problem.weight.shape[0]
     halves = (torch.float32, torch.bfloat16, torch.float16)
-    if problem.hidden.device.type != "cpu" or problem.hidden.dtype not in halves or rows * classes < FEWEST_LOGITS:
+    if (
+        problem.hidden.device.type != "cpu"
+        or problem.hidden.dtype not in halves
+        or rows * classes < build.FEWEST_LOGITS
+    ):
         return _TORCH
-    return _load() or _TORCH
+    return compiled() or _TORCH
 
 
 @functools.cache
-def _load() -> Native | None:
-    """The compiled code, or None where it cannot be had; the log says why."""
-    try:
-        from torch._inductor.codecache import CppCodeCache
-
-        source = Path(__file__).with_name("native.cpp").read_text()
-        return Native(CppCodeCache.load(source, "cpu", extra_flags=_FLAGS))
-    except (ImportError, AttributeError, TypeError, OSError, RuntimeError) as error:  # no compiler, or another torch
-        _log.info("elementwise loops run as torch operations, since native.cpp could not be compiled: %s", error)
-        return None
+def compiled() -> Native | None:
+    found = library("vectors.h", "walks.cpp")
+    return None if found is None else Native(found)
 
 
 class Native:
-    """`elementwise.Elementwise` by calls into `native.cpp`."""
+    """`elementwise.Elementwise` by calls into `walks.cpp`."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -95,7 +85,5 @@ class Native:
 
 
 def _address(values: Tensor | None) -> int | None:
-    if values is None:
-        return None
-    assert values.is_contiguous() and values.dtype in (torch.float32, torch.uint8, torch.int64)
-    return values.data_ptr()
+    assert values is None or (values.is_contiguous() and values.dtype in (torch.float32, torch.uint8, torch.int64))
+    return address(values)

@@ -1,0 +1,315 @@
+// SPDX-License-Identifier: Apache-2.0
+// Matrix products of small blocks that lie in the caches, as fast as the processor multiplies, and the copying that makes them
+// so. All products of a head are one loop here: a few rows of the left factor, number by number, times one panel of the right
+// factor, vector by vector, summed up in registers.
+//
+// Factors are words of 32 bits: float32 numbers, or (kPack = 2) pairs of bfloat16 numbers that one instruction multiplies and
+// adds. What lies in memory in half precision becomes one or the other when it is copied.
+
+#include <immintrin.h>
+
+namespace {
+
+// STORAGE is defined in front of this file: 0 float32, 1 bfloat16, 2 float16.
+#if STORAGE == 0
+typedef float Number;
+#else
+typedef uint16_t Number;
+#endif
+#if STORAGE == 1 && defined(__AVX512BF16__)
+constexpr int kPack = 2;
+#else
+constexpr int kPack = 1;
+#endif
+
+#ifdef __AVX512F__
+constexpr int kRows = 12;  // of a block: 12 x 2 sums, two vectors and a number are 27 of 32 registers
+#else
+constexpr int kRows = 6;  // 6 x 2 sums, two vectors and a number are 15 of 16
+#endif
+constexpr int kFewRows = kRows / 3;     // of a block of what is left over
+constexpr int64_t kPanel = 2 * kLanes;  // columns of a block
+
+constexpr int64_t up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// --- numbers in memory ---------------------------------------------------------------------------------------------------
+
+typedef uint16_t Shorts __attribute__((vector_size(2 * kLanes)));
+
+INLINE Ints widened(const uint16_t* from) {
+  Shorts some;
+  std::memcpy(&some, from, sizeof some);
+  return __builtin_convertvector(some, Ints);
+}
+
+INLINE Floats load_numbers(const float* from) { return load(from); }
+
+INLINE Floats load_numbers(const uint16_t* from) {
+#if STORAGE != 2
+  return (Floats)(widened(from) << 16);
+#elif defined(__AVX512F__)
+  return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#else
+  return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#endif
+}
+
+INLINE void store_numbers(float* to, Floats values) { store(to, values); }
+
+// Rounded to the nearest number, ties to even; NaN stays NaN.
+INLINE void store_numbers(uint16_t* to, Floats values) {
+#if STORAGE != 2
+  const Ints bits = (Ints)values, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const Shorts some = __builtin_convertvector(((values == values ? rounded : bits | 0x400000) >> 16) & 0xffff, Shorts);
+  std::memcpy(to, &some, sizeof some);
+#elif defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph((__m256)values, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+
+// Numbers first..first + count of a line whose numbers lie `step` apart; the others of the vector are zero.
+INLINE Floats some_numbers(const Number* line, int64_t step, int64_t count) {
+  Number few[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) few[i] = line[i * step];
+  return load_numbers(few);
+}
+
+// --- products --------------------------------------------------------------------------------------------------------------
+
+template <int value>
+struct Constant {
+  static constexpr int kValue = value;
+};
+
+// part(Constant<rows>, first row) for 0..count in blocks of kRows, then of fewer.
+template <typename Part>
+INLINE void in_blocks(int64_t count, const Part& part) {
+  int64_t at = 0;
+  for (; at + kRows <= count; at += kRows) part(Constant<kRows>{}, at);
+  for (; at + kFewRows <= count; at += kFewRows) part(Constant<kFewRows>{}, at);
+  for (; at < count; ++at) part(Constant<1>{}, at);
+}
+
+// Memory that will be needed soon, asked for bit by bit while something else is computed: `count` pieces of `bytes` bytes.
+struct Ahead {
+  const char* at;
+  int64_t step, bytes, count, lines, done = 0;
+
+  INLINE void ask() {
+    for (int64_t line = 0; line < lines && count > 0; ++line) {
+      __builtin_prefetch(at + done, 0, 2);
+      done += 64;
+      if (done >= bytes) {
+        done = 0;
+        at += step;
+        --count;
+      }
+    }
+  }
+};
+
+struct Nothing {
+  INLINE void ask() const {}
+  template <typename Sums>
+  INLINE void operator()(Sums&) const {}
+};
+
+// Where the left factor's words lie: row i and word k at `at` + i row + k step, the k in `segments` of `length` words, each
+// `segment` after the one before. Strides that the compiler knows (not 0) are template arguments of `multiply`.
+struct Left {
+  const float* at;
+  int64_t row, step, segments, length, segment;
+};
+
+INLINE Floats multiply_add(Floats sum, Floats right, float word) {
+#if STORAGE == 1 && defined(__AVX512BF16__)
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(word), (__m512bh)right);
+#else
+  return sum + right * word;
+#endif
+}
+
+// out (R, 16 V) = left (R, K) @ panel (K, 16 V), or with `add` out += ...; `finish` may change the sums before they are stored.
+template <int kR, int kV, int kRow, int kStep, typename Hint, typename Finish>
+__attribute__((noinline)) void multiply(const Left& left, const float* panel, float* out, int64_t out_row, bool add,
+                                        Hint& hint, const Finish& finish) {
+  const int64_t row = kRow ? kRow : left.row, step = kStep ? kStep : left.step;
+  Floats sums[kR][kV];
+#pragma GCC unroll 16
+  for (int i = 0; i < kR; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < kV; ++v) sums[i][v] = Floats{};
+  for (int64_t s = 0; s < left.segments; ++s) {
+    const float* at = left.at + s * left.segment;
+    hint.ask();
+    for (int64_t k = 0; k < left.length; ++k) {
+      Floats right[kV];
+#pragma GCC unroll 16
+      for (int v = 0; v < kV; ++v) right[v] = load(panel + v * kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kR; ++i) {
+        const float word = at[i * row];
+#pragma GCC unroll 16
+        for (int v = 0; v < kV; ++v) sums[i][v] = multiply_add(sums[i][v], right[v], word);
+      }
+      at += step;
+      panel += kV * kLanes;
+    }
+  }
+  if (add) {  // only now: a long sum is more exact in parts
+#pragma GCC unroll 16
+    for (int i = 0; i < kR; ++i)
+#pragma GCC unroll 16
+      for (int v = 0; v < kV; ++v) sums[i][v] += load(out + i * out_row + v * kLanes);
+  }
+  finish(sums);
+#pragma GCC unroll 16
+  for (int i = 0; i < kR; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < kV; ++v) store(out + i * out_row + v * kLanes, sums[i][v]);
+}
+
+// --- copies of factors ---------------------------------------------------------------------------------------------------
+
+// A matrix (rows, width) in memory, its rows by their numbers in `index` where there is one.
+struct Matrix {
+  const Number* at;
+  int64_t row, column, width;
+  const int64_t* index;
+
+  const Number* line(int64_t i) const { return at + (index ? index[i] : i) * row; }
+};
+
+// Numbers k..k + kLanes of line i, zero beyond its end.
+INLINE Floats vector_of(const Matrix& from, int64_t i, int64_t k) {
+  const Number* const at = from.line(i) + k * from.column;
+  const int64_t left = from.width - k;
+  return from.column == 1 && left >= kLanes ? load_numbers(at) : some_numbers(at, from.column, left < kLanes ? left : kLanes);
+}
+
+// Words k..k + kLanes of a line, zero beyond its end.
+INLINE Floats load_words(const Matrix& from, const Number* line, int64_t k) {
+  const int64_t left = from.width - k * kPack;
+  if (from.column == 1 && left >= kPack * kLanes) {
+    Floats words;
+    if (kPack == 1) return load_numbers(line + k);
+    std::memcpy(&words, line + k * kPack, sizeof words);
+    return words;
+  }
+  if (kPack == 1) return some_numbers(line + k * from.column, from.column, left < kLanes ? left : kLanes);
+  Number few[kPack * kLanes] = {};
+  for (int64_t i = 0; i < kPack * kLanes && i < left; ++i) few[i] = line[(k * kPack + i) * from.column];
+  Floats words;
+  std::memcpy(&words, few, sizeof words);
+  return words;
+}
+
+// Words k..k + kPanel of lines row..row + count, line after line: a left factor along the lines.
+INLINE void copy_lines(const Matrix& from, int64_t row, int64_t count, int64_t k, float* to) {
+  for (int64_t i = 0; i < count; ++i, to += kPanel) {
+    const Number* const line = from.line(row + i);
+    store(to, load_words(from, line, k));
+    store(to + kLanes, load_words(from, line, k + kLanes));
+  }
+}
+
+// Numbers first..first + kPanel of lines row..row + count, line after line, or pair of lines after pair: a right factor across
+// the lines. Zero beyond the width, and in the place of the last pair's second line where there is none.
+INLINE void copy_panel(const Matrix& from, int64_t row, int64_t count, int64_t first, float* to) {
+  if (kPack == 1) return copy_lines(from, row, count, first, to);
+  const int64_t left = from.width - first;
+  Number few[2][kPanel];
+  for (int64_t i = 0; i < count; i += 2, to += kPanel) {
+    const Number* lines[2];
+    for (int64_t l = 0; l < 2; ++l) {
+      const bool there = i + l < count;
+      lines[l] = there ? from.line(row + i + l) + first * from.column : few[l];
+      if (there && from.column == 1 && left >= kPanel) continue;
+      for (int64_t k = 0; k < kPanel; ++k) few[l][k] = there && k < left ? lines[l][k * from.column] : Number(0);
+      lines[l] = few[l];
+    }
+#if STORAGE != 0
+    for (int64_t v = 0; v < kPanel; v += kLanes)
+      store(to + v, (Floats)(widened(lines[0] + v) | (widened(lines[1] + v) << 16)));
+#endif
+  }
+}
+
+#if defined(__clang__)
+INLINE void transpose(Floats* lines) {
+  float values[kLanes][kLanes];
+  std::memcpy(values, lines, sizeof values);
+  for (int64_t i = 0; i < kLanes; ++i)
+    for (int64_t j = 0; j < kLanes; ++j) lines[i][j] = values[j][i];
+}
+#else
+// A square of numbers turned: blocks of half its size change places, then blocks of a quarter, and so on.
+INLINE void transpose(Floats* lines) {
+  Ints lane;
+  for (int i = 0; i < kLanes; ++i) lane[i] = i;
+#pragma GCC unroll 16
+  for (int size = kLanes / 2; size > 0; size /= 2) {
+    const Ints odd = (lane & size) != 0;
+    const Ints low = odd ? kLanes + (lane ^ size) : lane, high = odd ? kLanes + lane : (lane ^ size);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i)
+      if ((i & size) == 0) {
+        const Floats a = lines[i], b = lines[i + size];
+        lines[i] = __builtin_shuffle(a, b, low);
+        lines[i + size] = __builtin_shuffle(a, b, high);
+      }
+  }
+}
+#endif
+
+// Lines row..row + count as the right factor of a product along them: for each panel of lines word k of all of them, for all
+// `depth` words. Lines up to `padded` are zero.
+void copy_turned(const Matrix& from, int64_t row, int64_t count, int64_t padded, int64_t depth, float* to) {
+  for (int64_t r = 0; r < padded; r += kPanel) {
+    const int64_t wide = padded - r < kPanel ? padded - r : kPanel;
+    float* const panel = to + r * depth;
+    for (int64_t j = 0; j < wide; j += kLanes)
+      for (int64_t k = 0; k < depth; k += kLanes) {
+        Floats lines[kLanes];
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i)
+          lines[i] = r + j + i < count ? load_words(from, from.line(row + r + j + i), k) : Floats{};
+        transpose(lines);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < kLanes; ++i) store(panel + (k + i) * wide + j, lines[i]);
+      }
+  }
+}
+
+// --- tiles as left factors -------------------------------------------------------------------------------------------------
+
+// A tile (C, R) of float32 as the left factor of sums over its columns: itself, or pairs of columns (C / 2, R) in `to`.
+INLINE const float* pair_columns(const float* tile, int64_t columns, int64_t rows, float* to) {
+  if (kPack == 1) return tile;
+#if STORAGE == 1 && defined(__AVX512BF16__)
+  for (int64_t c = 0; c < columns; c += 2)
+    for (int64_t j = 0; j < rows; j += kLanes) {
+      const Floats a = load(tile + c * rows + j), b = c + 1 < columns ? load(tile + (c + 1) * rows + j) : Floats{};
+      const Ints low = (Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
+      const Ints high = (Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+      store(to + c / 2 * rows + j, (Floats)(low | (high << 16)));
+    }
+#endif
+  return to;
+}
+
+// The same for sums over its rows: itself, or pairs of rows (C, R / 2) in `to`.
+INLINE const float* pair_rows(const float* tile, int64_t columns, int64_t rows, float* to) {
+  if (kPack == 1) return tile;
+#if STORAGE == 1 && defined(__AVX512BF16__)
+  for (int64_t j = 0; j < columns * rows; j += kLanes) {
+    const __m256bh some = _mm512_cvtneps_pbh((__m512)load(tile + j));
+    std::memcpy(to + j / 2, &some, sizeof some);
+  }
+#endif
+  return to;
+}
+
+}  // namespace
