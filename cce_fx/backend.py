@@ -22,10 +22,12 @@ from ._torch import (
 )
 from .distributed import op as op  # a graph from torch's caches may hold its operators
 from .distributed.agree import agree_on_losses
+from .functional import prepare
 from .options import Options, split
 from .outputs import CutOutputs, cut_outputs, restore
 from .passes import Report, fakes
 from .passes.pipeline import apply, source_digest
+from .passes.values import value_of
 
 Compiled = Callable[..., Any]
 
@@ -68,6 +70,8 @@ def cut_graph(
     """
     fakes.ensure(gm, example_inputs)
     report, found = apply(gm, replace(options.policy, tune=tune))
+    for candidate in found.candidates:
+        prepare(candidate.view.dtype, value_of(candidate.view.hidden.node).device)
     if agree:
         agree_on_losses(found.candidates, {r.loss for r in report.rewritten}, options.policy)
     cut = CutOutputs()

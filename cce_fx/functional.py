@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from .kernels import plan
+from .kernels import halves, plan
 from .kernels.combine import statistics_dtype
 from .kernels.spec import Epilogue, Needs
 from .op import DTYPES as DTYPES
@@ -296,6 +296,41 @@ def default_workspace(
 
         return default_scratch(rows, width, classes, dtype.itemsize, largest, smallest)
     return plan.default_workspace(rows, classes, statistics_dtype(dtype).itemsize, largest, smallest)
+
+
+def prepare(dtype: torch.dtype, device: torch.device) -> None:
+    """Have a CPU's kernel compiled in the background, while a program with a loss in `dtype` is."""
+    if device.type == "cpu" and not gpu_kernels(device) and not halves.preferred(dtype):
+        from .kernels.native.fused import prepare
+
+        prepare(dtype)
+
+
+def workspace_on_cpu(
+    rows: int, width: int, classes: int, dtype: torch.dtype, workspace: int | None, loss: LossSpec, filtered: bool,
+    grads: tuple[bool, bool, bool], again: bool,
+) -> int:  # fmt: skip
+    """Bytes of the workspace that a loss takes on a CPU of this machine: of hidden (rows, width) and `classes`.
+
+    `grads` of hidden, weight and bias are made; `again`, in a backward that makes the logits again.
+    """
+    from .kernels import fused
+    from .kernels.native.steps import Sizes
+
+    exact, converted = statistics_dtype(dtype).itemsize, 0
+    largest = plan.default_workspace(rows, classes, exact, fused=True) if workspace is None else workspace
+    smooth = loss.label_smoothing > 0
+    sizes = Sizes(
+        dtype, rows, classes, width, loss.epilogue.softcap is not None, smooth, smooth, *grads,
+        filtered and dtype == torch.float32, min(torch.get_num_threads(), fused.MOST_THREADS), largest // exact,
+    )  # fmt: skip
+    found = fused.needed(sizes, again=again)
+    if found is not None:
+        return found
+    if dtype.itemsize != exact:  # a backward also adds up its gradients there, where they are rounded at the end
+        converted = (2 if again else 1) * exact * (rows + classes) * width
+    largest = plan.default_workspace(rows, classes, exact) if workspace is None else workspace
+    return min(largest, exact * rows * classes + converted)
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:

@@ -17,6 +17,7 @@ them: see `cce_fx.functional`. Source: Cut Cross-Entropy, arXiv 2411.09009; the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 from collections.abc import Callable
@@ -60,9 +61,10 @@ def gpu_kernels(device: torch.device) -> bool:
 
 
 def kernel(device: torch.device) -> ModuleType:
-    return importlib.import_module(".kernels.triton" if gpu_kernels(device) else ".kernels.tiled", __package__)
+    return _module("triton" if gpu_kernels(device) else "tiled")
 
 
+_module = functools.cache(lambda name: importlib.import_module(f".kernels.{name}", __package__))
 _NO_RANGE = contextlib.nullcontext()
 
 
@@ -158,11 +160,10 @@ def _fake_stats(hidden: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor]:
 def fake_grads(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, need_hidden: bool, need_weight: bool, need_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    empty = 0
     return (
-        hidden.new_empty(hidden.shape) if need_hidden else hidden.new_empty(empty),
-        weight.new_empty(weight.shape) if need_weight else weight.new_empty(empty),
-        bias.new_empty(bias.shape) if need_bias and bias is not None else hidden.new_empty(empty),
+        hidden.new_empty(hidden.shape if need_hidden else 0),
+        weight.new_empty(weight.shape if need_weight else 0),
+        bias.new_empty(bias.shape) if need_bias and bias is not None else hidden.new_empty(0),
     )
 
 
@@ -287,10 +288,9 @@ def _sum(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-
     with _range("forward_backward", problem):
         stats, grads = kernel(hidden.device).forward_backward(problem, weights, Needs(*needs))
     total = torch.dot(w_nll, stats.nll)
-    if w_lse is not None:
-        total = total + torch.dot(w_lse, stats.lse)
-    if w_smooth is not None:
-        total = total + torch.dot(w_smooth, stats.smooth)
+    for given, values in ((w_lse, stats.lse), (w_smooth, stats.smooth)):
+        if given is not None:
+            total = total + torch.dot(given, values)
     return (total, stats.nll, stats.lse, stats.smooth, *some(grads, hidden))
 
 

@@ -48,8 +48,9 @@ def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) 
     saved, held = bytes_saved(candidate), bytes_needed(candidate, needs, policy)
     sizes = {N: row_count(view), V: view.classes, D: view.hidden_size}
     known = all(isinstance(size, int) for size in sizes.values())
-    values = [int(bytes.subs(sizes)) if known else None for bytes in (saved, held)]
-    return LossSite(candidate, needs, saved, values[0], held, values[1])
+    return LossSite(
+        candidate, needs, saved, int(saved.subs(sizes)) if known else None, held, sizes[N] if known else None
+    )
 
 
 def illegal_head(view: LogitsView) -> Decline | None:

@@ -6,12 +6,12 @@ Of a head of DTensors, N and V are those of all processes and bytes those of one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sympy
 import torch
 
-from ..functional import default_workspace, statistics_dtype
+from ..functional import Epilogue, LossSpec, default_workspace, gpu_kernels, statistics_dtype, workspace_on_cpu
 from .sharded import division, has_divided_classes
 from .values import Candidate, Operand, value_of
 
@@ -58,7 +58,7 @@ def bytes_needed(candidate: Candidate, needs: tuple[bool, bool, bool] | None, po
     if view.hidden.steps and not _is_cast(view.hidden, view.dtype):
         copies += item * N * D
     again = any(wanted) and needs is None
-    at_work = gradients + copies + _workspace(candidate, again, policy) + _PER_ROW * exact * N
+    at_work = gradients + copies + _workspace(candidate, again, wanted, policy) + _PER_ROW * exact * N
     rows, classes = division(view)
     if classes > 1:
         at_work += _SENT * (classes + 1) * exact * N
@@ -77,19 +77,50 @@ def _is_cast(operand: Operand, dtype: torch.dtype) -> bool:
     return value_of(operand.node).dtype != dtype
 
 
-def _workspace(candidate: Candidate, again: bool, policy: Policy) -> sympy.Expr:
-    """What the kernel takes of its workspace: never more than the logits of all rows and what they are made from.
-
-    A backward that makes the logits `again` also adds up its gradients there, where they are rounded at the end.
-    """
+def _workspace(candidate: Candidate, again: bool, grads: list[bool], policy: Policy) -> sympy.Expr:
+    """What the kernel takes of its workspace: never more than the logits of all rows and what they are made from."""
     view = candidate.view
+    device = value_of(view.hidden.node).device
+    if device.type == "cpu" and not gpu_kernels(device):
+        flags = (*grads, *[False] * (3 - len(grads)), again, view.epilogue.softcap is not None,
+                 candidate.loss.label_smoothing > 0, policy.filter_eps is not None)  # fmt: skip
+        options = sum(flag << bit for bit, flag in enumerate(flags))
+        return _CpuWorkspace(N, D, V, _DTYPES.index(view.dtype), options, policy.workspace or 0)
     exact = statistics_dtype(view.dtype).itemsize
     size = policy.workspace
     if size is None:
-        device = value_of(view.hidden.node).device
         size = default_workspace(N, D, V, view.dtype, device, largest=sympy.Max, smallest=sympy.Min)
     converted = 0 if view.dtype.itemsize == exact else (2 if again else 1) * exact * (N + V) * D
     return sympy.Min(size, exact * N * V + converted)
+
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class _CpuWorkspace(sympy.Function):
+    """What a loss of N rows, a hidden size D and V classes takes of the workspace on a CPU, as its kernel plans it.
+
+    The other arguments: the number of the dtype in `_DTYPES`; flags, bit by bit, whether gradients of hidden, weight and bias are
+    made, whether the logits are made again for them, whether there are a cap, label smoothing and a filter; and the bytes
+    that the user allows, or 0.
+    """
+
+    @classmethod
+    def eval(cls, *arguments: sympy.Expr) -> sympy.Expr | None:
+        if not all(a.is_number for a in arguments):
+            return None
+        rows, width, classes, dtype, options, workspace = (int(sympy.ceiling(a)) for a in arguments)
+        *grads, again, capped, smooth, filtered = (bool(options >> bit & 1) for bit in range(7))
+        loss = LossSpec(label_smoothing=0.1 * smooth, epilogue=Epilogue(softcap=1.0 if capped else None))
+        made = workspace_on_cpu(
+            rows, width, classes, _DTYPES[dtype], workspace or None, loss, filtered, tuple(grads), again
+        )
+        return sympy.Integer(made)
+
+
+_CpuWorkspace.__name__ = "CpuWorkspace"  # as expressions show it
+# The names in expressions that are read again.
+NAMES: dict[str, Any] = {"N": N, "D": D, "V": V, "CpuWorkspace": _CpuWorkspace}
 
 
 def largest_rows(needed: sympy.Expr, memory: int) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 
 import sympy
 
-from .memory import D, N, V, largest_rows
+from .memory import NAMES, D, N, V, largest_rows
 from .values import Decline, LossSite, source_line
 
 
@@ -25,8 +25,8 @@ class Rewritten:
     strategy: str  # "grads_in_forward" or "recompute"
     bytes_saved: int | None  # at the example shapes; None where they are symbolic
     bytes_saved_expr: str  # in N rows, D hidden size, V classes
-    bytes_needed: int | None  # by the rewritten loss at its peak, gradients included
-    bytes_needed_expr: str
+    bytes_needed_expr: str  # by the rewritten loss at its peak, gradients included
+    rows: int | None  # N; None where it is symbolic
     hidden_size: int | None  # None where it is symbolic
     classes: int | None
     logits: str  # "unused", "lazy", "returned" or "used"
@@ -43,8 +43,8 @@ class Rewritten:
             strategy="recompute" if site.needs is None else "grads_in_forward",
             bytes_saved=site.saved_value,
             bytes_saved_expr=str(site.saved_bytes),
-            bytes_needed=site.needed_value,
             bytes_needed_expr=str(site.needed_bytes),
+            rows=site.row_count,
             hidden_size=_known(view.hidden_size),
             classes=_known(view.classes),
             logits=logits,
@@ -63,11 +63,19 @@ class Rewritten:
         return "\n".join(lines)
 
     @property
+    def bytes_needed(self) -> int | None:
+        """Bytes that the rewritten loss takes at its peak, gradients included, at the example shapes; None where they are
+        symbolic. Asks the kernel for its plan, so a CPU's is compiled if it was not yet."""
+        if self.rows is None or self.hidden_size is None or self.classes is None:
+            return None
+        return int(self.needed_by_rows.subs(N, self.rows))
+
+    @property
     def needed_by_rows(self) -> sympy.Expr:
         """`bytes_needed` as an expression in N alone. Raises ValueError where D or V is symbolic."""
         if self.hidden_size is None or self.classes is None:
             raise ValueError(f"the hidden size or the number of classes of {self.loss} is not known")
-        expression = sympy.sympify(self.bytes_needed_expr, locals={"N": N, "D": D, "V": V})
+        expression = sympy.sympify(self.bytes_needed_expr, locals=NAMES)
         return expression.subs({D: self.hidden_size, V: self.classes})
 
 
@@ -147,7 +155,7 @@ class Report:
             "graphs": self.graphs,
             "bytes_saved": self.bytes_saved,
             "bytes_needed": self.bytes_needed,
-            "rewritten": [vars(r).copy() for r in self.rewritten],
+            "rewritten": [{**vars(r), "bytes_needed": r.bytes_needed} for r in self.rewritten],
             "declined": [vars(d).copy() for d in self.declined],
         }
 

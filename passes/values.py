@@ -270,7 +270,7 @@ class LossSite:
     saved_bytes: Any  # sympy expression, as of `passes.memory`
     saved_value: int | None  # its value at the example shapes, where they are known
     needed_bytes: Any  # likewise
-    needed_value: int | None
+    row_count: int | None  # N, where it is known
 
 
 def value_of(node: Any) -> Any:
