@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+import torch._inductor.config
 from rich.console import Console
 
 from benchmarks.candidates import BARE, inputs
@@ -21,6 +22,8 @@ from benchmarks.measure import interleaved, peak_bytes
 from benchmarks.peers import shapes
 from benchmarks.tables import View, bytes_text, ratio, time_text
 from cce_fx.kernels import tiled
+from cce_fx.kernels.native import build
+from cce_fx.kernels.native.fused import compiled, prepare
 from cce_fx.kernels.spec import Needs, Problem, RowGrads
 
 FLOOR, GEMM = (bare.name for bare in BARE)
@@ -55,9 +58,15 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workspace", type=float, help="MiB; default: the kernel's")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--avx2", action="store_true", help="compile the kernel as on a processor without AVX-512")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
+    if args.avx2:
+        torch._inductor.config.cpp.simdlen = 256  # of inductor's own flags, which would bring it back
+        build.FLAGS = (*build.FLAGS, "-mno-avx512f")
     workspace = None if args.workspace is None else int(args.workspace * 2**20)
+    compiled(getattr(torch, args.dtype))  # in this thread, which has inductor's configuration
+    prepare(getattr(torch, args.dtype))
     for name, sizes in shapes(args.shapes).items():
         hidden, weight, target = inputs(*sizes, getattr(torch, args.dtype))
         problem = Problem(hidden.detach(), weight.detach(), None, target, workspace=workspace)

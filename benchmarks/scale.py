@@ -31,6 +31,7 @@ import cce_fx
 from benchmarks.tables import View
 from cce_fx.functional import default_workspace
 from cce_fx.kernels.triton.machines import MACHINES, Machine
+from cce_fx.passes.memory import NAMES
 
 GIB = 2**30
 _MESHES = itertools.count()
@@ -96,24 +97,20 @@ def pretended(world: int) -> Iterator[None]:
 
 
 @functools.cache
-def expressions(tensor: int, sequence: int, dtype: torch.dtype, workspace: int | None) -> tuple[sympy.Expr, sympy.Expr]:
+def expressions(tensor: int, sequence: int, dtype: torch.dtype) -> tuple[sympy.Expr, sympy.Expr]:
     """Bytes that the loss holds on one device as it is written, and cut with its gradients, in N, D and V of all devices."""
     h, w = (torch.zeros(rows, 8, dtype=dtype, requires_grad=True) for rows in (4, 64))
     values = (h, w, torch.zeros(4, dtype=torch.int64))
-    options = cce_fx.Options(workspace=workspace)
     if tensor * sequence == 1:
-        report = cce_fx.explain(loss, *values, options=options)
+        report = cce_fx.explain(loss, *values)
     else:
-        report = _of_processes(values, tensor, sequence, options)
+        report = _of_processes(values, tensor, sequence)
     (site,) = report.rewritten
-    names = {name: sympy.Symbol(name, positive=True, integer=True) for name in "NDV"}
-    saved, needed = (sympy.sympify(text, locals=names) for text in (site.bytes_saved_expr, site.bytes_needed_expr))
+    saved, needed = (sympy.sympify(text, locals=NAMES) for text in (site.bytes_saved_expr, site.bytes_needed_expr))
     return saved, needed
 
 
-def _of_processes(
-    values: tuple[torch.Tensor, ...], tensor: int, sequence: int, options: cce_fx.Options
-) -> cce_fx.Report:
+def _of_processes(values: tuple[torch.Tensor, ...], tensor: int, sequence: int) -> cce_fx.Report:
     """`explain` of the loss on DTensors whose local parts are `values`."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -131,20 +128,20 @@ def _of_processes(
             DTensor.from_local(t, mesh, placements[what], run_check=False)
             for t, what in zip(values, ("rows", "classes", "rows"), strict=True)
         ]
-        return cce_fx.explain(loss, *placed, options=options)
+        return cce_fx.explain(loss, *placed)
 
 
 def held(head: Head, layout: Layout, dtype: torch.dtype = torch.bfloat16, device: str = "cuda") -> Held:
     """What one device holds for the head and its loss."""
     n, v = -(-head.tokens // layout.sequence), -(-head.classes // layout.tensor)
-    scratch = None
-    if device != "cpu":
-        scratch = default_workspace(n, head.width, v, dtype, torch.device(device), max, min)
 
     def bytes_of(tensor: int, sequence: int, rows: int) -> tuple[int, int]:
         sizes = {"N": rows, "D": head.width, "V": v * layout.tensor}
-        found = expressions(tensor, sequence, dtype, scratch)
-        saved, needed = (int(e.subs({s: sizes[s.name] for s in e.free_symbols})) for e in found)
+        saved, needed = expressions(tensor, sequence, dtype)
+        if device != "cpu":  # which the tensors of the expressions were on
+            scratch = default_workspace(n, head.width, v, dtype, torch.device(device), max, min)
+            needed = needed.replace(NAMES["CpuWorkspace"], lambda *_: sympy.Integer(scratch))
+        saved, needed = (int(e.subs({s: sizes[s.name] for s in e.free_symbols})) for e in (saved, needed))
         return saved, needed
 
     weight, hidden = (dtype.itemsize * head.width * rows for rows in (v, n))
