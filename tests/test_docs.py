@@ -104,8 +104,9 @@ def _compiled(block: Block) -> object:
 
 
 def _plain(text: str) -> str:
-    """Without the width of columns, the folders, and the places in files."""
+    """Without the width of columns, the folders, the places in files, and what a loss needs, which depends on the processor."""
     text = re.sub(r"[\w./-]+\.(?:md|py):\d+", "FILE:LINE", text)
+    text = re.sub(r"needs [\d.]+ [KMG]iB", "needs BYTES", text)
     return "\n".join(" ".join(line.split()) for line in text.strip().splitlines())
 
 
