@@ -23,7 +23,7 @@ from benchmarks.peers import shapes
 from benchmarks.tables import View, bytes_text, ratio, time_text
 from cce_fx.kernels import tiled
 from cce_fx.kernels.native import build
-from cce_fx.kernels.native.fused import compiled, prepare
+from cce_fx.kernels.native.fused import prepare
 from cce_fx.kernels.spec import Needs, Problem, RowGrads
 
 FLOOR, GEMM = (bare.name for bare in BARE)
@@ -65,7 +65,6 @@ def main(arguments: list[str]) -> None:
         torch._inductor.config.cpp.simdlen = 256  # of inductor's own flags, which would bring it back
         build.FLAGS = (*build.FLAGS, "-mno-avx512f")
     workspace = None if args.workspace is None else int(args.workspace * 2**20)
-    compiled(getattr(torch, args.dtype))  # in this thread, which has inductor's configuration
     prepare(getattr(torch, args.dtype))
     for name, sizes in shapes(args.shapes).items():
         hidden, weight, target = inputs(*sizes, getattr(torch, args.dtype))

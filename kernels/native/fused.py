@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import ctypes
 import functools
 import sys
@@ -80,7 +81,8 @@ def prepare(dtype: torch.dtype) -> None:
     """Compile the code for `dtype` in the background, where that was not done yet, and have it serve small problems too."""
     if dtype in STORAGE and dtype not in _prepared and on_this_machine():
         _prepared.add(dtype)
-        threading.Thread(target=compiled, args=(dtype,), name="cce_fx compiler", daemon=True).start()
+        compile_here = contextvars.copy_context().run  # inductor's configuration belongs to a thread's context
+        threading.Thread(target=compile_here, args=(compiled, dtype), name="cce_fx compiler", daemon=True).start()
 
 
 def is_wanted(dtype: torch.dtype, logits: int) -> bool:

@@ -8,6 +8,7 @@ import ctypes
 import functools
 import subprocess
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,11 +18,13 @@ from unittest import mock
 
 import pytest
 import torch
+import torch._inductor.config as config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cce_fx.kernels import fused, native, reference, tiled
 from cce_fx.kernels.native import build, steps
+from cce_fx.kernels.native import fused as native_fused
 from cce_fx.kernels.native.fused import FILES, STORAGE, Compiled, compiled
 from cce_fx.kernels.native.steps import Sizes
 from cce_fx.kernels.spec import Epilogue, Needs, Problem, RowGrads
@@ -294,6 +297,23 @@ def test_without_code_for_the_processor_torch_operations_serve() -> None:
             check(small(), RowGrads(torch.ones(6)), ALL, ways=["compiled"])
     finally:
         compiled.cache_clear()
+
+
+def test_the_background_has_the_configuration_of_inductor() -> None:
+    found, done = [], threading.Event()
+
+    def code(dtype: torch.dtype) -> None:
+        found.append(config.cpp.cxx)
+        done.set()
+
+    with (
+        mock.patch.object(native_fused, "compiled", code),
+        mock.patch.object(native_fused, "_prepared", set()),
+        config.patch("cpp.cxx", ("a compiler",)),
+    ):
+        native_fused.prepare(torch.float32)
+        assert done.wait(10)
+    assert found == [("a compiler",)]
 
 
 def test_every_file_of_the_code_is_compiled() -> None:
