@@ -148,8 +148,8 @@ def _program(words: list[str]) -> tuple[list[str], list[str]]:
     tool = Path(first).name
     if tool.startswith("python"):
         at = 2 if rest[0] == "-m" else 1
-        if rest[:2] == ["-m", "cce_fx"]:
-            at = 3  # its subcommand
+        if rest[0] == "-m" and rest[1] in ("cce_fx", "benchmarks"):
+            at = 3  # their subcommands
         return [sys.executable, *rest[:at]], rest[at:]
     found = Path(sys.executable).parent / tool
     # A program's subcommand, where it has one, is asked: `pip install --help`.
