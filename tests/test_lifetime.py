@@ -221,7 +221,7 @@ def test_an_interrupt_inside_the_kernel(
     strategy = "recompute" if where == "recompute" else "grads_in_forward"
     code = native.compiled(torch.float32) if where == "compiled" else None
     if where == "compiled" and code is None:
-        return  # not for this processor
+        pytest.skip("no compiled code for this processor")
     monkeypatch.setattr(native, "_prepared", set() if code is None else {torch.float32})
     monkeypatch.setattr(whole, "LARGEST", 0)  # in tiles, as large problems are
 
