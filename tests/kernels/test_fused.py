@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import math
 import subprocess
 import tempfile
 import threading
@@ -287,6 +288,17 @@ def test_half_precision_stays_exact_with_a_filter(dtype: torch.dtype) -> None:
     exact = tiled.forward_backward(p, row_grads(p), ALL)[1]
     found = tiled.forward_backward(replace(p, filter_eps=0.2), row_grads(p), ALL, report=report)[1]
     assert not report and all(torch.equal(a, b) for a, b in zip(exact, found, strict=True) if a is not None)
+
+
+def test_a_sum_of_one_keeps_many_parts_that_are_too_small_for_it() -> None:
+    hidden, weight, target = torch.zeros(16, 16), torch.zeros(16000, 16), torch.zeros(16, dtype=torch.int64)
+    hidden[:, 0], weight[0, 0] = 1.0, 17.5
+    p = Problem(hidden, weight, None, target)
+    with taken() as steps:
+        found = tiled.forward(p).nll
+    assert steps
+    exact = torch.full((16,), 15999 * math.exp(-17.5), dtype=torch.float64).log1p().float()
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=0.0)
 
 
 def test_without_code_for_the_processor_torch_operations_serve() -> None:
