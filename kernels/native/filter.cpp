@@ -7,16 +7,6 @@
 
 namespace {
 
-constexpr int32_t kLevels = 64;
-constexpr int32_t kOne = 254;  // the exponent of 1.0 and the first bit of its mantissa
-
-// How many factors of about sqrt(2) a number is below one.
-INLINE int32_t level_of(float mean) {
-  int32_t bits;
-  std::memcpy(&bits, &mean, sizeof bits);
-  return std::clamp(kOne - (bits >> 22), 0, kLevels - 1);
-}
-
 // visit(vector, first of its rows) for a column of a chunk's tiles.
 template <typename Visit>
 INLINE void each_vector(const Call& q, const Sizes& s, int64_t chunk, int64_t c, const Visit& visit) {
@@ -203,14 +193,9 @@ void cce_kept(const Call* call) {
   in_threads(q, s, [&](int64_t t, Span chunks) {
     use_kept(q, s, known, part_of<Chosen>(q, s, room, t), lent(q, s) ? chunks : of_equal_work(q, s, t));
   });
-  if (!q.d_hidden) return;
-#pragma omp parallel for schedule(static) num_threads(q.threads) if (q.threads > 1)
-  for (int64_t r = 0; r < q.rows; ++r) {
-    const int64_t number = q.first + r;
-    put_hidden<Chosen>(q, s, room, number, r, s.rows, nullptr, [&](int64_t k) {
-      return q.uniform ? some_floats(q.uniform_weight + k, q.width - k) * q.uniform[number] : Floats{};
-    });
-  }
+  put_block<Chosen>(q, s, room, [&](int64_t number, int64_t k) {
+    return q.uniform ? some_floats(q.uniform_weight + k, q.width - k) * q.uniform[number] : Floats{};
+  });
 }
 
 }  // extern "C"

@@ -170,6 +170,18 @@ float put_hidden(const Call& q, const Sizes& s, Room room, int64_t number, int64
   return sum_of(wrong);
 }
 
+// The gradient of hidden of all rows of a block, from what threads hold for the block, less what `less` says of row number
+// `number` and numbers k and on.
+template <typename Part, typename Less>
+void put_block(const Call& q, const Sizes& s, Room room, const Less& less) {
+  if (!q.d_hidden) return;
+#pragma omp parallel for schedule(static) num_threads(q.threads) if (q.threads > 1)
+  for (int64_t r = 0; r < q.rows; ++r) {
+    const int64_t number = q.first + r;
+    put_hidden<Part>(q, s, room, number, r, s.rows, nullptr, [&](int64_t k) { return less(number, k); });
+  }
+}
+
 // The sums of one row from those of the threads, and the gradient of hidden with its one-hot and uniform parts. Not 0 where
 // something is not finite.
 float finish_row(const Call& q, const Sizes& s, const Stretch& stretch, const Known& known, Room room, int64_t r) {
@@ -356,8 +368,7 @@ void cce_weights(const Call* call) {
   const Sizes s(q);
   Room room{q.room};
   const Known known(s, room);
-  known.begin(s);
-  known.take_norm(q);
+  known.take_norm(q, s);
   in_threads(q, s, [&](int64_t t, Span chunks) { make_weights(q, s, known, part_of<Weights>(q, s, room, t), chunks); });
 }
 
@@ -367,18 +378,14 @@ void cce_gradients(const Call* call) {
   const Sizes s(q);
   Room room{q.room};
   const Known known(s, room);
-  known.begin(s);
-  known.take_norm(q);
+  known.take_norm(q, s);
   float* const turned = room.take(s.rows * s.depth);
   for (int64_t n = 0; n < s.stretches(); ++n) {
     const Stretch stretch(q, s, n);
     copy_turned(hidden_of(q), stretch.first, stretch.count, stretch.padded, s.depth, turned + stretch.first * s.depth);
   }
   in_threads(q, s, [&](int64_t t, Span chunks) { make_again(q, s, turned, known, part_of<Again>(q, s, room, t), chunks); });
-  if (!q.d_hidden) return;
-#pragma omp parallel for schedule(static) num_threads(q.threads) if (q.threads > 1)
-  for (int64_t r = 0; r < q.rows; ++r)
-    put_hidden<Again>(q, s, room, q.first + r, r, s.rows, nullptr, [](int64_t) { return Floats{}; });
+  put_block<Again>(q, s, room, [](int64_t, int64_t) { return Floats{}; });
 }
 
 }  // extern "C"

@@ -130,7 +130,8 @@ struct Known {
     std::fill_n(uniform, s.rows, 0.0f);
   }
 
-  void take_norm(const Call& q) const {
+  void take_norm(const Call& q, const Sizes& s) const {
+    begin(s);
     for (int64_t r = 0; r < q.rows; ++r) {
       const int64_t number = q.first + r;
       shift[r] = q.highest[number];

@@ -79,21 +79,14 @@ void add_pieces(const float* scratch, int64_t pieces, int64_t rows, float* out) 
     for (int64_t j = 0; j < rows; ++j) out[j] += scratch[piece * 2 * rows + j];
 }
 
-constexpr int32_t kLevels = 64;
-constexpr int32_t kOne = 254;  // the exponent of 1.0 and the first bit of its mantissa
-
 // One column of p = values * factor: its sum, its level, and p added to its level's row of mass.
-INLINE void level_of(const float* values, int64_t rows, const float* factor, uint8_t* level, float* sum, float* mass) {
+INLINE void take_level(const float* values, int64_t rows, const float* factor, uint8_t* level, float* sum, float* mass) {
   Floats sums = {};
   each_vector(rows, [&](int64_t j, auto get, auto) __attribute__((always_inline)) {
     sums += get(values + j) * get(factor + j);
   });
   *sum = sum_of(sums);
-  const float mean = *sum / rows;
-  int32_t bits;
-  std::memcpy(&bits, &mean, sizeof bits);
-  int32_t found = *level ? 0 : kOne - (bits >> 22);
-  found = found < 0 ? 0 : found < kLevels ? found : kLevels - 1;
+  const int32_t found = *level ? 0 : level_of(*sum / rows);
   *level = static_cast<uint8_t>(found);
   float* const into = mass + found * rows;
   each_vector(rows, [&](int64_t j, auto get, auto put) __attribute__((always_inline)) {
@@ -158,7 +151,7 @@ void cce_levels(const float* tile, int64_t columns, int64_t rows, int64_t piece,
     float* const part = scratch + index * kLevels * rows;
     std::memset(part, 0, sizeof(float) * kLevels * rows);
     const int64_t last = (index + 1) * piece < columns ? (index + 1) * piece : columns;
-    for (int64_t c = index * piece; c < last; ++c) level_of(tile + c * rows, rows, factor, levels + c, sums + c, part);
+    for (int64_t c = index * piece; c < last; ++c) take_level(tile + c * rows, rows, factor, levels + c, sums + c, part);
   }
   for (int64_t index = 0; index < pieces; ++index)
     for (int64_t j = 0; j < kLevels * rows; ++j) mass[j] += scratch[index * kLevels * rows + j];
