@@ -298,6 +298,17 @@ def default_workspace(
     return plan.default_workspace(rows, classes, statistics_dtype(dtype).itemsize, largest, smallest)
 
 
+def of_workspace(size: Any, rows: Any, width: Any, classes: Any, dtype: torch.dtype, again: bool, smallest: Any) -> Any:
+    """Bytes that tiles take of a workspace of `size`: at most the logits of all rows and what they are made from.
+
+    A backward that makes the logits `again` also adds up its gradients there, where they are rounded at the end. Sizes may be
+    symbols; the `smallest` of two is then the library's own.
+    """
+    exact = statistics_dtype(dtype).itemsize
+    converted = 0 if dtype.itemsize == exact else (2 if again else 1) * exact * (rows + classes) * width
+    return smallest(size, exact * rows * classes + converted)
+
+
 def prepare(dtype: torch.dtype, device: torch.device) -> None:
     """Have a CPU's kernel compiled in the background, while a program with a loss in `dtype` is."""
     if device.type == "cpu" and not gpu_kernels(device) and not halves.preferred(dtype):
@@ -317,7 +328,7 @@ def workspace_on_cpu(
     from .kernels import fused
     from .kernels.native.steps import Sizes
 
-    exact, converted = statistics_dtype(dtype).itemsize, 0
+    exact = statistics_dtype(dtype).itemsize
     largest = plan.default_workspace(rows, classes, exact, fused=True) if workspace is None else workspace
     smooth = loss.label_smoothing > 0
     sizes = Sizes(
@@ -327,10 +338,8 @@ def workspace_on_cpu(
     found = fused.needed(sizes, again=again)
     if found is not None:
         return found
-    if dtype.itemsize != exact:  # a backward also adds up its gradients there, where they are rounded at the end
-        converted = (2 if again else 1) * exact * (rows + classes) * width
     largest = plan.default_workspace(rows, classes, exact) if workspace is None else workspace
-    return min(largest, exact * rows * classes + converted)
+    return of_workspace(largest, rows, width, classes, dtype, again, min)
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:

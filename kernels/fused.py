@@ -36,8 +36,9 @@ def sums(problem: Problem, rows: Rows) -> Sums | None:
     """Sums (n,) of the computed rows."""
     if not _usable(problem, rows):
         return None
-    found = steps.sums(_sizes(problem, rows, None, _NO_GRADS))
-    return None if found is None else _Run(problem, rows, None, _NO_GRADS).sums(found)
+    run = _Run(problem, rows, None, _NO_GRADS)
+    found = steps.sums(run.sizes)
+    return None if found is None else run.sums(found)
 
 
 def sums_and_gradients(
@@ -48,6 +49,7 @@ def sums_and_gradients(
     if not _usable(problem, rows):
         return None
     run = _Run(problem, rows, c, out)
+    run.take_filter()
     found = steps.sums_and_gradients(run.sizes)
     made = None if found is None else run.sums(found)
     if made is not None and run.tails is not None and report is not None:
@@ -59,8 +61,9 @@ def gradients(problem: Problem, rows: Rows, norm: Norm, c: Coefficients, out: Gr
     """Gradients from the norm (n,) into `out`; False where they are still to be made."""
     if not _usable(problem, rows):
         return False
-    found = steps.gradients(_sizes(problem, rows, c, out))
-    return found is not None and _Run(problem, rows, c, out).gradients(found, norm)
+    run = _Run(problem, rows, c, out)
+    found = steps.gradients(run.sizes)
+    return found is not None and run.gradients(found, norm)
 
 
 def needed(sizes: Sizes, *, again: bool) -> int | None:
@@ -125,9 +128,13 @@ class _Run:
         if c.uniform is not None and out.hidden is not None:
             of_class = p.weight.new_ones(self.sizes.classes) if weights is None else weights.to(p.weight.dtype)
             call.uniform_weight = self.held((p.weight.T @ of_class).float())
-        if p.filter_eps is not None and p.hidden.dtype == torch.float32 and bool(c.prob.isfinite().all()):
+
+    def take_filter(self) -> None:
+        """Leave out what the problem's filter allows, if it has one: where the sums are made along with the gradients."""
+        p = self.problem
+        if p.filter_eps is not None and p.hidden.dtype == torch.float32 and bool(self.c.prob.isfinite().all()):
             room = room_of(p, self.sizes.budget, share=8)
-            self.tails = Tails(p, Head(p), out, room)
+            self.tails = Tails(p, Head(p), self.out, room)
             self.sizes = replace(self.sizes, filtered=True, budget=self.sizes.budget - room.elements)
 
     def sums(self, found: Steps) -> Sums | None:

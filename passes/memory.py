@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from ..functional import Epilogue, LossSpec, default_workspace, gpu_kernels, statistics_dtype, workspace_on_cpu
+from ..functional import (
+    Epilogue,
+    LossSpec,
+    default_workspace,
+    gpu_kernels,
+    of_workspace,
+    statistics_dtype,
+    workspace_on_cpu,
+)
 from .sharded import division, has_divided_classes
 from .values import Candidate, Operand, value_of
 
@@ -86,12 +94,10 @@ def _workspace(candidate: Candidate, again: bool, grads: list[bool], policy: Pol
                  candidate.loss.label_smoothing > 0, policy.filter_eps is not None)  # fmt: skip
         options = sum(flag << bit for bit, flag in enumerate(flags))
         return _CpuWorkspace(N, D, V, _DTYPES.index(view.dtype), options, policy.workspace or 0)
-    exact = statistics_dtype(view.dtype).itemsize
     size = policy.workspace
     if size is None:
         size = default_workspace(N, D, V, view.dtype, device, largest=sympy.Max, smallest=sympy.Min)
-    converted = 0 if view.dtype.itemsize == exact else (2 if again else 1) * exact * (N + V) * D
-    return sympy.Min(size, exact * N * V + converted)
+    return of_workspace(size, N, D, V, view.dtype, again, sympy.Min)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
