@@ -52,10 +52,8 @@ def code_for(processor: str, dtype: torch.dtype) -> Compiled | None:
     made, code = folder / "code.so", folder / "code.cpp"
     code.write_text(build.source(*FILES, define=f"STORAGE {STORAGE[dtype]}"))
     flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
-    allowed = [
-        "-Wno-maybe-uninitialized",
-        "-Wno-unused-parameter",
-    ]  # GCC's own intrinsics; what one storage does not need
+    # GCC's own intrinsics; what one storage does not need.
+    allowed = ["-Wno-maybe-uninitialized", "-Wno-unused-parameter"]
     command = ["g++", *flags, *allowed, *build.FLAGS, *PROCESSORS[processor].split(), str(code), "-o", str(made)]
     subprocess.run(command, check=True)
     return Compiled(ctypes.CDLL(str(made)))
