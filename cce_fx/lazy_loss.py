@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .passes import Policy, fakes
+from .passes.faults import Undo
 from .passes.pipeline import apply
 from .passes.rewriter import logits_of, write_logits, write_operands
 from .passes.trace import trace
@@ -147,7 +148,7 @@ def _graph(chain: HeadChain, lazy: LazyLogits, values: list[Any]) -> tuple[Graph
         node = graph.call_function(op.func, (node, *_placed(op.args, rest)), dict(op.kwargs))
     graph.output(node)
     gm = GraphModule(chain.run, graph)
-    fakes.ensure(gm, values)
+    fakes.evaluate(gm, values)
     return gm, node, rest
 
 
@@ -169,7 +170,7 @@ def _cut(
     output.args = (loss,)
     fakes.propagate(gm, [loss], grad=torch.is_grad_enabled())
     policy = lazy.chain.run.meta.get("cce_fx_policy", Policy())  # type: ignore[union-attr]
-    report, _ = apply(gm, replace(policy, min_vocab=0))
+    report, _ = apply(gm, replace(policy, min_vocab=0), Undo(gm))
     return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None
 
 

@@ -18,10 +18,12 @@ from .gathered import is_let_go_early
 from .lazy import HeadChain, LazyLogits
 from .passes.canonical import canonical
 from .passes.decide import Policy, illegal_head
+from .passes.fakes import WouldGuard
+from .passes.faults import Undo
 from .passes.rewriter import erase_unused
 from .passes.sharded import sharded_nodes
 from .passes.trace import Trace
-from .passes.values import Form, LogitsView, value_of
+from .passes.values import Form, LogitsView, output_of, value_of
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class CutOutputs:
 LARGE_VOCAB = 1000
 
 
-def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Policy) -> CutOutputs:
+def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Policy, undo: Undo) -> CutOutputs:
     """Take the head chains that only the output reads out of the graph, in place.
 
     Args:
@@ -73,8 +75,9 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
         rewritten: the names of the linear nodes whose loss was rewritten: their logits are lazy always. Others are where
             the program will differentiate them, so a loss outside the graph can be cut too, and the head is large.
         policy: `min_vocab` replaces the rule for what is large.
+        undo: is told before the first change.
     """
-    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    output = output_of(gm.graph)
     results = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else None
     if results is None:
         return CutOutputs()
@@ -85,6 +88,7 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
     ]
     if not wanted:
         return CutOutputs()
+    undo.remember()
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
     made = []
     total = len(results)
@@ -135,10 +139,17 @@ def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], po
     if view is None or view.form is not Form.LOGITS or sharded_nodes(view):
         return False  # a program asks DTensors for more than their values
     if view.linear.name not in rewritten:
-        least = max(LARGE_VOCAB, view.hidden_size + 1) if policy.min_vocab is None else policy.min_vocab
-        if view.classes < least or not value_of(node).requires_grad or illegal_head(view) is not None:
+        if not _is_large(view, policy) or not value_of(node).requires_grad or illegal_head(view) is not None:
             return False
     return all(_only_output(n, output, found) for n in view.path)
+
+
+def _is_large(view: LogitsView, policy: Policy) -> bool:
+    least = max(LARGE_VOCAB, view.hidden_size + 1) if policy.min_vocab is None else policy.min_vocab
+    try:
+        return bool(view.classes >= least)
+    except WouldGuard:  # a number of classes that is a symbol
+        return False
 
 
 def _only_output(node: Node, output: Node, found: Trace) -> bool:
