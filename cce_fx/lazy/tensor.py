@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LazyLogits`: stands in for logits that a compiled program returns and that nobody may ever read.
+
+It has the logits' shape, dtype, device and strides, and computes them when somebody looks. Operations that only move rows
+about, cast or scale stay lazy, because a training framework casts every output without looking at it; a loss on lazy
+logits is cut like a loss inside the graph; reductions over the vocabulary go block by block of rows (`operations.py`).
+Everything else reads the logits once and works on the plain tensor. Code that gets at the tensor below Python finds the
+result of an autograd function, which computes the logits' graph when their gradient arrives.
+
+What it keeps alive: hidden (N x D, with its autograd graph), and references to weight and bias, which are alive anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch import DisableTorchFunctionSubclass, disable_dynamo, tree_iter, tree_map
+from .functions import METADATA, Op, writes
+from .state import HeadChain, State
+
+# `(func, args, kwargs) -> result or NotImplemented`, asked in order before the logits are read.
+HANDLERS: list[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]] = []
+
+
+class LazyLogits(Tensor):
+    """Logits that compute themselves when read. Made by the backend; see the module's text.
+
+    Raises:
+        RuntimeError: when read after hidden, weight or bias changed, but for the step of an optimizer.
+    """
+
+    state: State
+
+    @classmethod
+    def make(cls, chain: HeadChain, like: Tensor | None = None) -> LazyLogits:
+        """Lazy logits of a chain; `like` is a (meta) tensor of the logits' shape, strides and dtype, if known."""
+        state = State.made_by(chain)
+        return _wrap(state, _meta_run(chain) if like is None else like, chain, state.grad)
+
+    def derive(self, op: Op, like: Tensor) -> LazyLogits:
+        """This tensor after one operation that stays lazy."""
+        grad = self.requires_grad and not op.detaches and (torch.is_grad_enabled() or op.is_alias)
+        chain = self.state.unread
+        assert chain is not None
+        return _wrap(self.state.then(op), like, chain, grad)
+
+    @property
+    def chain(self) -> HeadChain | None:
+        """What an unread tensor will be computed from; None once the logits were read."""
+        return self.state.unread
+
+    def materialize(self) -> Tensor:
+        """The logits as a plain tensor, computed at the first call, with their autograd graph.
+
+        Raises:
+            RuntimeError: when hidden, weight or bias changed since the forward.
+        """
+        return self.state.read()
+
+    @classmethod
+    @disable_dynamo(recursive=True)
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in METADATA and _is_unread(args[0]):
+            with DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for handle in HANDLERS:
+            found = handle(func, args, kwargs)
+            if found is not NotImplemented:
+                return found
+        lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
+        if writes(func, kwargs):
+            for x in lazies:
+                x.state.read_family()
+        args, kwargs = tree_map(_plain, (args, kwargs))
+        found = func(*args, **kwargs)
+        # What is changed in place is returned as the very tensor that was given.
+        return next((x for x in lazies if found is x.state.value), found)
+
+    @classmethod
+    @disable_dynamo(recursive=True)
+    def __torch_dispatch__(
+        cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Below autograd, where C++ got at the tensor without asking; the gradient is `_Made`'s."""
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for x in tree_iter((args, kwargs)):
+                if isinstance(x, LazyLogits):
+                    x.state.read_family()
+        args, kwargs = tree_map(_bare, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return self.materialize().__deepcopy__(memo)
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self.materialize())
+
+
+class _Made(torch.autograd.Function):
+    """Ties a lazy tensor to what it is made from, for code that differentiates it without reading it by its name."""
+
+    @staticmethod
+    def forward(state: State, like: Tensor, device: torch.device, *tensors: Tensor) -> LazyLogits:
+        return _new(state, like, device)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.state, _, _, *ctx.tensors = inputs
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Any:
+        needs = ctx.needs_input_grad[3:]
+        found: Any = [None] * len(needs)
+        if grad is not None:
+            wanted = [t for t, need in zip(ctx.tensors, needs, strict=True) if need]
+            again = torch.is_grad_enabled()
+            with torch.enable_grad():
+                made = iter(torch.autograd.grad(
+                    ctx.state.read(), wanted, grad, retain_graph=True, create_graph=again, allow_unused=True))  # fmt: skip
+            found = [next(made) if need else None for need in needs]
+        return (None, None, None, *found)
+
+
+def _wrap(state: State, like: Tensor, chain: HeadChain, grad: bool) -> LazyLogits:
+    device = chain.hidden.device
+    if not (grad and any(t.requires_grad for t in chain.tensors)):
+        return _new(state, like, device)
+    with torch.enable_grad():
+        return _Made.apply(state, like, device, *chain.tensors)
+
+
+def _new(state: State, like: Tensor, device: torch.device) -> LazyLogits:
+    lazy = Tensor._make_wrapper_subclass(
+        LazyLogits,
+        like.shape,
+        strides=like.stride(),
+        storage_offset=like.storage_offset(),
+        dtype=like.dtype,
+        device=device,
+    )
+    lazy.state = state
+    return lazy
+
+
+def _is_unread(x: Any) -> bool:
+    return isinstance(x, LazyLogits) and x.state.value is None
+
+
+def _plain(x: Any) -> Any:
+    return x.materialize() if isinstance(x, LazyLogits) else x
+
+
+def _bare(x: Any) -> Any:
+    return x.state.read_bare() if isinstance(x, LazyLogits) else x
+
+
+def _meta_run(chain: HeadChain) -> Tensor:
+    """Shape, strides and dtype of a chain's result, from a run on the meta device."""
+    args = [x.to("meta") if isinstance(x, Tensor) else x for x in (chain.hidden.detach(), *chain.inputs)]
+    with torch.no_grad(), torch.autocast(chain.hidden.device.type, enabled=False):
+        return chain.run(*args)
