@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .gathered import is_let_go_early
 from .lazy import HeadChain, LazyLogits
+from .lazy.gathered import is_let_go_early
 from .passes.canonical import canonical
 from .passes.decide import Policy, illegal_head
 from .passes.fakes import WouldGuard
@@ -59,6 +59,7 @@ class CutOutputs:
 
     lazy: tuple[LazyOutput, ...] = ()
     results: int = 0
+    outlive_steps: bool = True  # whether the lazy logits are what they were after an optimizer's step
 
 
 # A head whose logits leave the graph with no loss in it is worth a LazyLogits from this many classes on: below, a tensor
@@ -209,7 +210,7 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
         results = list(found[: cut.results])
         for output in cut.lazy:
             hidden, *inputs = [(args if s.kind == "input" else found)[s.index] for s in output.sources]
-            chain = HeadChain(hidden, tuple(inputs), output.chain)
+            chain = HeadChain(hidden, tuple(inputs), output.chain, outlives_steps=cut.outlive_steps)
             made = LazyLogits.make(chain, output.like(hidden))
             # Weights that will be gone when somebody reads: the logits are computed while they are there.
             early = any(is_let_go_early(t) for t in chain.tensors)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import os
 from collections.abc import Iterable, Iterator
 
 from torch.fx import Graph, GraphModule, Node
@@ -16,6 +17,8 @@ from torch.fx import Graph, GraphModule, Node
 from .report import Declined, Report
 from .values import Decline, Reason
 
+# Set by the tests, which want to see failures and not what becomes of them.
+RAISED = bool(os.environ.get("CCE_FX_DEBUG"))
 _log = logging.getLogger("cce_fx")
 
 
@@ -67,6 +70,8 @@ class Undo:
 def failed(fault: Fault, graphs: int = 1) -> Report:
     """Warn of a fault, once, and report it as a decline of each loss that it is about."""
     error = fault.__cause__
+    if RAISED and error is not None:
+        raise error
     what = f"{fault.stage}: {type(error).__name__}: {error}".splitlines()[0]
     declined = [Declined.of(Decline(Reason.INTERNAL, node, what)) for node in fault.nodes]
     _log.warning(

@@ -137,7 +137,6 @@ READS = {
     "tolist": lambda z: torch.tensor(z.tolist()),
     "numpy": lambda z: torch.from_numpy(z.detach().numpy().copy()),
     "data": lambda z: z.data,
-    "vmap": lambda z: torch.vmap(lambda r: r.sum())(z.detach()),
 }
 BLOCKS = {
     "argmax": lambda z: z.argmax(-1),
@@ -160,6 +159,9 @@ BLOCKS = {
     "scaled argmax": lambda z: (z / -0.5).argmax(-1),
     "iterate": lambda z: torch.stack(list(z)),
     "accuracy": lambda z: (z.argmax(-1) == 3).float().mean(),
+    "vmap, which takes what is below Python": lambda z: torch.vmap(lambda r: r.sum())(z),
+    "vmap of a cast": lambda z: torch.vmap(lambda r: r.exp().sum())(z.double()),
+    "per-row gradients": lambda z: torch.vmap(torch.func.grad(lambda r: r.square().sum()))(z.detach()),
 }
 
 
@@ -212,18 +214,13 @@ def test_a_forward_without_grad_gives_logits_without_graph(setup: Any) -> None:
         torch.testing.assert_close(lazy + 0, want + 0)
 
 
-@pytest.mark.parametrize("what", ["weight", "optimizer"])
-def test_reading_after_the_weight_changed_is_a_clear_error(setup: Any, what: str) -> None:
+def test_reading_after_the_weight_changed_is_a_clear_error(setup: Any) -> None:
     model, compiled, x, y = setup
     loss, lazy = compiled(x, y)
-    if what == "weight":
-        with torch.no_grad():
-            model.head.weight.add_(1)
-    else:
-        loss.backward()
-        torch.optim.AdamW(model.parameters()).step()
+    with torch.no_grad():
+        model.head.weight.add_(1)
     for read in (lambda: lazy + 0, lambda: lazy.argmax(-1), lambda: F.cross_entropy(lazy.view(-1, V), y.view(-1))):
-        with pytest.raises(RuntimeError, match="lazy.*changed in place.*'logits': 'keep'"):
+        with pytest.raises(RuntimeError, match="lazy.*changed since the forward.*'logits': 'keep'"):
             read()
 
 
@@ -261,7 +258,7 @@ def test_detaching_in_place_reads_nothing_and_lets_the_graph_go(setup: Any) -> N
     stale = compiled(x, y)[1].detach_()
     with torch.no_grad():
         model.head.weight.add_(1)
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match="changed since"):
         stale.sum()
 
 
@@ -304,12 +301,6 @@ def test_printing_shows_the_values(setup: Any) -> None:
     with torch.no_grad():
         _, lazy = compiled(x, y)
     assert repr(lazy) == repr(lazy + 0) and f"{lazy}" == f"{lazy + 0}"
-
-
-def test_a_gradient_that_would_be_lost_is_an_error(setup: Any) -> None:
-    _, compiled, x, y = setup
-    with pytest.raises(RuntimeError, match="materialize"):
-        torch.vmap(lambda r: r.sum())(compiled(x, y)[1])
 
 
 def test_a_second_compiled_function_takes_lazy_logits(setup: Any) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A loss taken outside the compiled graph, of lazy logits: cut by the very pass that cuts it inside.
+"""Lazy logits as a graph: a loss taken outside the compiled graph is cut by the very pass that cuts it inside.
 
 The head chain, the lazy operations and the loss are written into a small fx graph, which goes through the pass. What the
 pass declines reads the logits and runs as it was.
@@ -9,63 +9,69 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from .passes import Policy, fakes
-from .passes.faults import Undo
-from .passes.pipeline import apply
-from .passes.rewriter import logits_of, write_logits, write_operands
-from .passes.trace import trace
-
-if TYPE_CHECKING:
-    from .lazy import HeadChain, LazyLogits
+from ..passes import Policy, fakes
+from ..passes.faults import Fault, Undo, failed, stage
+from ..passes.pipeline import apply
+from ..passes.rewriter import logits_of, write_logits, write_operands
+from ..passes.trace import trace
+from ..passes.values import output_of
+from .state import State
 
 _CACHE_SIZE = 64
 
 
-def cut_loss(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The loss `func(lazy, *args, **kwargs)` without the logits, or NotImplemented."""
-    if lazy.chain is None or torch.is_inference_mode_enabled() or not _plain_arguments(args, kwargs):
+def cut_loss(state: State, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The loss `func(lazy, *args, **kwargs)` of unread logits without making them, or NotImplemented."""
+    if torch.is_inference_mode_enabled() or not _is_plain(args, kwargs):
         return NotImplemented
-    lazy.check_fresh()
+    grad = torch.is_grad_enabled() and state.root.grad
+    if grad and not all(s.grad for s in state.path()):
+        return NotImplemented  # a view made without gradients is a leaf of its own
+    state.check_fresh(wait=False)
     call = (func, _frozen(args), _frozen(tuple(kwargs.items())))
-    made = _make(lazy, call, [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)],
-                 lambda gm, node, rest: _cut(lazy, gm, node, rest, func, args, kwargs))  # fmt: skip
-    if made is None:
-        return NotImplemented
-    loss = made.run()
-    lazy.hook_up(loss)
+    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    with torch.set_grad_enabled(grad):
+        made = _make(state, call, tensors, lambda gm, node, rest: _cut(state, gm, node, rest, func, args, kwargs))
+        if made is None:
+            return NotImplemented
+        loss = made.run()
+    state.hook_up(loss)
     return loss
 
 
-def read_rows(lazy: LazyLogits) -> Any:
-    """The values of a tensor that is some rows of lazy logits, without the other rows; NotImplemented where it is not."""
-    if lazy.chain is None:
-        return NotImplemented
-    lazy.check_fresh()
-    made = _make(lazy, ("rows",), [], lambda gm, node, _: _only_rows(gm, node))
-    return NotImplemented if made is None else made.run()
+def read_rows(state: State) -> Any:
+    """The values of a tensor that is some rows of unread logits, without the other rows; NotImplemented where it is not."""
+    if len({s.grad for s in state.path()}) > 1:
+        return NotImplemented  # as in `cut_loss`
+    state.check_fresh()
+    with torch.inference_mode(False), torch.set_grad_enabled(state.grad):
+        made = _make(state, ("rows",), [], lambda gm, node, _: _only_rows(gm, node))
+        if made is None:
+            return NotImplemented
+        rows = made.run()
+    state.hook_up(rows)
+    return rows
 
 
-def row_source(lazy: LazyLogits) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """hidden (N, D), and what gives rows (R, D) of it their rows (R, V) of `lazy` (..., V); None where that is not known.
+def row_source(state: State) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """hidden (N, D), and what gives rows (R, D) of it their rows (R, V) of `state` (..., V); None where that is not known.
 
     Without gradients.
     """
-    if lazy.chain is None:
-        return None
-    lazy.check_fresh()
+    state.check_fresh()
     with torch.no_grad():
-        made = _make(lazy, ("operands",), [], _row_operands)
+        made = _make(state, ("operands",), [], _row_operands)
         if made is None:
             return None
         hidden, weight, bias = made.run()
     view = made.graph.meta["view"]
-    return hidden.flatten(0, -2), lambda rows: logits_of(view, lazy.dtype, rows, weight, bias)
+    return hidden.flatten(0, -2), lambda rows: logits_of(view, state.like.dtype, rows, weight, bias)
 
 
 def _row_operands(gm: GraphModule, node: Node, rest: Iterator[Node]) -> GraphModule | None:
@@ -89,35 +95,47 @@ class _Made:
 
 
 def _make(
-    lazy: LazyLogits, call: tuple[Any, ...], tensors: list[Tensor],
+    state: State, call: tuple[Any, ...], tensors: list[Tensor],
     finish: Callable[[GraphModule, Node, Iterator[Node]], GraphModule | None],
 ) -> _Made | None:  # fmt: skip
-    """What `finish` makes of the graph that computes `lazy`, its node, and nodes for `tensors`; made once for each kind.
+    """What `finish` makes of the graph that computes `state`, its node, and nodes for `tensors`; made once for each kind.
 
     None where it makes nothing, or where lazy tensors were combined on the way.
     """
-    chain = lazy.chain
+    chain, ops = state.unread, state.ops
     assert chain is not None
-    if not all(_plain_arguments(op.args, dict(op.kwargs)) for op in lazy.ops):
+    if not all(_is_plain(op.args, dict(op.kwargs)) for op in ops):
         return None
-    recorded = [a for op in lazy.ops for a in op.args if isinstance(a, Tensor)]
+    recorded = [a for op in ops for a in op.args if isinstance(a, Tensor)]
     values = [chain.hidden, *chain.inputs, *recorded, *tensors]
     cache: dict[Any, GraphModule | None] = chain.run.meta.setdefault("cce_fx_losses", {})
-    ops = tuple((op.func, _frozen(op.args), _frozen(op.kwargs)) for op in lazy.ops)
-    key = (ops, call, torch.is_grad_enabled(), lazy._requires_grad(), tuple(_describe(v) for v in values))
+    steps = tuple((op.func, _frozen(op.args), _frozen(op.kwargs)) for op in ops)
+    key = (steps, call, torch.is_grad_enabled(), tuple(_describe(v) for v in values))
     if key not in cache:
         if len(cache) >= _CACHE_SIZE:
             cache.clear()
-        with torch.autocast(lazy.device.type, enabled=False):
-            cache[key] = finish(*_graph(chain, lazy, values))
+        cache[key] = _finished(state, values, finish)
     made = cache[key]
     return None if made is None else _Made(made, values)
 
 
-def _plain_arguments(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    from .lazy import LazyLogits
+def _finished(
+    state: State, values: list[Any], finish: Callable[[GraphModule, Node, Iterator[Node]], GraphModule | None]
+) -> GraphModule | None:
+    """None where `finish` makes nothing, or fails."""
+    gm, node, rest = _graph(state, values)
+    try:
+        with torch.autocast(values[0].device.type, enabled=False), stage("lazy logits", node):
+            fakes.evaluate(gm, values)
+            return finish(gm, node, rest)
+    except Fault as fault:
+        failed(fault)
+        return None
 
-    return not any(isinstance(a, LazyLogits) for a in (*args, *kwargs.values()))
+
+def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether there are no lazy tensors among arguments."""
+    return not any(hasattr(a, "state") and isinstance(a.state, State) for a in (*args, *kwargs.values()))
 
 
 def _frozen(value: Any) -> Any:
@@ -135,8 +153,10 @@ def _describe(value: Any) -> Any:
     return (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
 
 
-def _graph(chain: HeadChain, lazy: LazyLogits, values: list[Any]) -> tuple[GraphModule, Node, Iterator[Node]]:
-    """A graph of the chain and the lazy operations, with example values; its last node; inputs not used so far."""
+def _graph(state: State, values: list[Any]) -> tuple[GraphModule, Node, Iterator[Node]]:
+    """A graph of the chain and the lazy operations; its last node; inputs not used so far."""
+    chain = state.unread
+    assert chain is not None
     graph = Graph()
     inputs = [graph.placeholder(f"in{i}") for i in range(len(values))]
     head = 1 + len(chain.inputs)
@@ -144,16 +164,14 @@ def _graph(chain: HeadChain, lazy: LazyLogits, values: list[Any]) -> tuple[Graph
     copies = dict(zip(old, inputs[:head], strict=True))
     node = graph.graph_copy(chain.run.graph, copies)
     rest = iter(inputs[head:])
-    for op in lazy.ops:
+    for op in state.ops:
         node = graph.call_function(op.func, (node, *_placed(op.args, rest)), dict(op.kwargs))
     graph.output(node)
-    gm = GraphModule(chain.run, graph)
-    fakes.evaluate(gm, values)
-    return gm, node, rest
+    return GraphModule(chain.run, graph), node, rest
 
 
 def _cut(
-    lazy: LazyLogits,
+    state: State,
     gm: GraphModule,
     node: Node,
     rest: Iterator[Node],
@@ -164,12 +182,12 @@ def _cut(
     """The loss after the graph, cut by the pass; None where that declines."""
     args = _placed(args, rest)
     kwargs = {k: next(rest) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    output = next(n for n in gm.graph.nodes if n.op == "output")
+    output = output_of(gm.graph)
     with gm.graph.inserting_before(output):
         loss = gm.graph.call_function(func, (node, *args), kwargs)
     output.args = (loss,)
     fakes.propagate(gm, [loss], grad=torch.is_grad_enabled())
-    policy = lazy.chain.run.meta.get("cce_fx_policy", Policy())  # type: ignore[union-attr]
+    policy = state.unread.run.meta.get("cce_fx_policy", Policy())  # type: ignore[union-attr]
     report, _ = apply(gm, replace(policy, min_vocab=0), Undo(gm))
     return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None
 

@@ -4,38 +4,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._torch import DisableTorchFunctionSubclass
-from .passes.canonical import CASTS, canonical_callable, is_inplace_callable
+from .._torch import DisableTorchFunctionSubclass, tree_iter, tree_map
+from ..passes.canonical import CASTS, canonical_callable
+from .functions import BASE, DETACH_, IS_VIEW, REGISTER_HOOK, WATCH, Op, writes
+from .graph import cut_loss, read_rows, row_source
+from .state import State
+from .tensor import HANDLERS, LazyLogits
 
-if TYPE_CHECKING:
-    from .lazy import LazyLogits
-
-_GET = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_cuda", "is_cpu", "is_sparse",
-        "is_quantized", "is_meta", "is_mps", "is_xpu", "itemsize", "nbytes", "is_nested", "is_mkldnn", "is_vulkan")  # fmt: skip
-_ASK = ("size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex", "element_size",
-        "storage_offset", "get_device", "is_inference", "__len__", "ndimension", "is_signed", "is_same_size")  # fmt: skip
-METADATA = {
-    *(getattr(Tensor, name).__get__ for name in _GET if hasattr(Tensor, name)),
-    *(getattr(Tensor, name) for name in _ASK),
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.numel,
-}
-
-IS_LEAF: Any = Tensor.is_leaf.__get__  # the stand-in is one to autograd, the logits are not
-BASE: Any = Tensor._base.__get__  # type: ignore[attr-defined]
-REGISTER_HOOK: Any = Tensor.register_hook
-IS_VIEW: Any = Tensor._is_view
-DETACH_: tuple[Any, ...] = (Tensor.detach_, torch.detach_)
-
-# Operations by canonical name that stay lazy: they move rows about, cast, or scale.
-_VIEWS = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
+# Operations by canonical name that stay lazy: they move rows about, cast, scale, or work on each row of classes alone.
+_MOVES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
           "getitem", "narrow", "select", "detach"}  # fmt: skip
 _VALUES = {*CASTS, "contiguous", "mul", "div", "neg", "exp", "log_softmax", "softmax", "log"}
 _ROWS = {"index_select"}
@@ -44,48 +26,42 @@ _LOSSES = {"cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp",
 _PIECES = {"split", "chunk", "unbind"}
 
 
-@dataclass(frozen=True)
-class Op:
-    """A function and its arguments other than the tensor itself."""
-
-    name: str
-    func: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: tuple[tuple[str, Any], ...]
-
-    def apply(self, x: Tensor) -> Any:
-        return self.func(x, *self.args, **dict(self.kwargs))
-
-    @property
-    def detaches(self) -> bool:
-        return self.name == "detach"
-
-    @property
-    def is_alias(self) -> bool:
-        return self.name in _VIEWS
+def about_the_tensor(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What is asked of a lazy tensor as an object, and can be answered or done without its values; or NotImplemented."""
+    lazy = args[0] if args else None
+    if not isinstance(lazy, LazyLogits):
+        return NotImplemented
+    if func in DETACH_ and lazy.state.detach():
+        with DisableTorchFunctionSubclass():
+            return lazy.detach_()
+    if func is REGISTER_HOOK and lazy.state.put_off(args[1]):
+        return None
+    if func in WATCH and lazy.state.root.passed_by:
+        raise RuntimeError(_TOO_LATE)
+    if lazy.state.value is None and (func is IS_VIEW or func == BASE):
+        is_view = lazy.owner is not lazy
+        return is_view if func is IS_VIEW else lazy.owner if is_view else None
+    return NotImplemented
 
 
-def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
-    """Whether a function changes its first argument in place."""
-    return is_inplace_callable(func) or kwargs.get("out") is not None or kwargs.get("inplace") is True
+_TOO_LATE = (
+    "a loss or some rows of these lazy logits were computed without them, so not all of their gradient would be seen. Ask for "
+    "it before that, or compile with options={'logits': 'keep'}."
+)
 
 
 def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operation that need not read the logits, or NotImplemented."""
-    from .lazy import LazyLogits
-
     name = canonical_callable(func)
     if not isinstance(name, str) or not args:
         return NotImplemented
     if name == "mul" and not isinstance(args[0], LazyLogits) and len(args) == 2:
         args = (args[1], args[0])
     lazy = args[0]
-    if not isinstance(lazy, LazyLogits) or lazy.chain is None:
+    if not isinstance(lazy, LazyLogits) or lazy.chain is None or kwargs.get("out") is not None:
         return NotImplemented
     if name in _LOSSES:
-        from .lazy_loss import cut_loss
-
-        found = cut_loss(lazy, func, args[1:], kwargs)
+        found = cut_loss(lazy.state, func, args[1:], kwargs)
         if found is not NotImplemented or name not in _REDUCTIONS:
             return found
     if name in _PIECES:
@@ -96,48 +72,86 @@ def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
         return _rows_chosen(lazy, args[1])
     if name in _REDUCTIONS:
         return _by_blocks(lazy, name, func, args[1:], kwargs)
-    if name not in _VIEWS | _VALUES | _ROWS:
+    if name not in _MOVES | _VALUES | _ROWS:
         return NotImplemented
     return _lazily(lazy, name, func, args[1:], kwargs)
 
 
+def read_a_part(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result for a few rows, read without the others; NotImplemented where it could share memory with them."""
+    lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
+    if writes(func, kwargs) or func in _OF_ONE_TENSOR or not all(_read_part(x.state) for x in lazies):
+        return NotImplemented
+    args, kwargs = tree_map(_part, (args, kwargs))
+    found = func(*args, **kwargs)
+    parts = {x.state.part.untyped_storage().data_ptr() for x in lazies}  # type: ignore[union-attr]
+    return NotImplemented if any(_shares(x, parts) for x in tree_iter(found)) else found
+
+
+def _read_part(state: State) -> bool:
+    """Read a tensor of at most half as many values as the logits by itself; whether that was possible."""
+    if state.unread is None or 2 * state.like.numel() > state.root.like.numel():
+        return False
+    if state.part is None:
+        rows = read_rows(state)
+        if rows is not NotImplemented:
+            state.part = rows
+        elif state.base is not None and state.op is not None and _read_part(state.base):
+            others = [a.state for a in state.op.args if isinstance(a, LazyLogits)]
+            if all(_read_part(other) for other in others):
+                with torch.inference_mode(False), torch.set_grad_enabled(state.grad):
+                    state.part = state.op.func(state.base.part, *map(_part, state.op.args), **dict(state.op.kwargs))
+    return state.part is not None
+
+
+def _part(x: Any) -> Any:
+    return x.state.part if isinstance(x, LazyLogits) else x
+
+
+def _shares(value: Any, memory: set[int]) -> bool:
+    """Whether a result may show a part's memory: a tensor in it, or anything that is no number or text."""
+    if isinstance(value, Tensor):
+        return value.layout != torch.strided or value.untyped_storage().data_ptr() in memory
+    return not isinstance(value, (bool, int, float, complex, str, type(None)))
+
+
+# They show a tensor's memory, or belong to one tensor and not to its values.
+_OF_ONE_TENSOR = {Tensor.data_ptr, *WATCH, Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad_fn.__get__}
+
 def _on_meta(lazy: LazyLogits, dtype: torch.dtype | None = None) -> Tensor:
     """Shape and strides without memory."""
-    with DisableTorchFunctionSubclass():
-        return torch.empty_strided(lazy.size(), lazy.stride(), dtype=dtype or lazy.dtype, device="meta")
+    like = lazy.state.like
+    return torch.empty_strided(like.shape, like.stride(), dtype=dtype or like.dtype, device="meta")
 
 
 def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
     if not _harmless(name, lazy, args, kwargs):
         return NotImplemented
+    if name in ("to", "type_as"):
+        # Of another tensor its dtype alone is kept, and of devices none: it is the lazy tensor's own.
+        func, args = Tensor.to, tuple(a.dtype if isinstance(a, Tensor) else a for a in args if not _is_device(a))
+        kwargs = {k: v for k, v in kwargs.items() if k != "device"}
+        if not args and not kwargs:
+            return lazy
+    if name == "index_select":
+        args = (args[0], args[1].clone())  # the program may change its own
     like = _on_meta(lazy)
-    if name == "to":
-        here = lazy.device
-        args_on_meta = tuple(a.dtype if isinstance(a, Tensor) else a for a in args if not _is_device(a))
-        if any(_is_device(a) and torch.device(a) != here for a in (*args, kwargs.get("device", here))):
-            return NotImplemented
-        kwargs_on_meta = {k: v for k, v in kwargs.items() if k != "device"}
-        made = func(like, *args_on_meta, **kwargs_on_meta) if args_on_meta or kwargs_on_meta else like
-    elif name == "index_select":
-        made = func(like, args[0], args[1].to("meta"))
-    elif name == "type_as":
-        made = like.to(args[0].dtype)
-    else:
-        made = func(like, *args, **kwargs)
+    made = func(like, *(a.to("meta") if isinstance(a, Tensor) else a for a in args), **kwargs)
     if not isinstance(made, Tensor) or not made.dtype.is_floating_point:
         return NotImplemented
     if made is like and name in (*CASTS, "contiguous"):
         return lazy
-    return lazy._derive(Op(name, func, tuple(args), tuple(kwargs.items())), made)
+    is_alias = made.untyped_storage()._cdata == like.untyped_storage()._cdata
+    return lazy.derive(Op(name, func, tuple(args), tuple(kwargs.items()), is_alias), made)
 
 
 def _product(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     """One tensor times another of the same rows, as p log p in an entropy."""
     other = args[0]
-    if other.chain is None or _source(lazy) is not _source(other) or lazy.shape != other.shape:
+    if other.chain is None or _source(lazy.state) is not _source(other.state) or lazy.shape != other.shape:
         return NotImplemented
     like = _on_meta(lazy, torch.promote_types(lazy.dtype, other.dtype))
-    return lazy._derive(Op("mul", func, args, ()), like)
+    return lazy.derive(Op("mul", func, args, (), False), like)
 
 
 def _pieces(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -177,19 +191,21 @@ def _harmless(name: str, lazy: LazyLogits, args: tuple[Any, ...], kwargs: dict[s
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
         return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index)
     if name == "log":  # of probabilities; of anything else it would have to look
-        return bool(lazy.ops) and lazy.ops[-1].name == "softmax"
+        return bool(lazy.state.ops) and lazy.state.ops[-1].name == "softmax"
     if name in ("softmax", "log_softmax"):
         dim = kwargs.get("dim", args[0] if args else None)
         return isinstance(dim, int) and kwargs.get("dtype") is None
     if name == "index_select":
         return len(args) == 2 and args[0] in range(lazy.dim() - 1) and args[1].dim() == 1 and not kwargs
-    if name == "type_as":
-        return isinstance(args[0], Tensor) and args[0].device == lazy.device
+    if name in ("to", "type_as"):
+        devices = [a.device if isinstance(a, Tensor) else torch.device(a) for a in (*args, *kwargs.values())
+                   if isinstance(a, Tensor) or _is_device(a)]  # fmt: skip
+        return all(device == lazy.device for device in devices) and not kwargs.get("copy")
     if name == "type":
         return bool(args) and isinstance(args[0], torch.dtype)
     if name == "view":
         return not any(isinstance(a, torch.dtype) for a in args)
-    return not any(isinstance(a, Tensor) for a in (*args, *kwargs.values())) or name == "to"
+    return not any(isinstance(a, Tensor) for a in (*args, *kwargs.values()))
 
 
 def _by_blocks(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -197,9 +213,7 @@ def _by_blocks(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any,
 
     With a gradient to keep, the logits are read instead: only indices (argmax, argmin) never have one.
     """
-    from .lazy_loss import row_source
-
-    if lazy._requires_grad() and torch.is_grad_enabled() and name not in ("argmax", "argmin"):
+    if lazy.requires_grad and torch.is_grad_enabled() and name not in ("argmax", "argmin"):
         return NotImplemented
     at = 1 if name == "topk" else 0
     dim = kwargs.get("dim", args[at] if len(args) > at else None)
@@ -209,50 +223,50 @@ def _by_blocks(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any,
         dim = dim[0]
     if not isinstance(dim, int) or dim not in (-1, lazy.dim() - 1):
         return NotImplemented
-    base = _source(lazy)
+    base = _source(lazy.state)
     found = row_source(base)
     if found is None:
         return NotImplemented
     (hidden, logits), parts = found, []
     last = [-1] * (len(args) > at)
     named = {**kwargs, "dim": -1} if "dim" in kwargs else kwargs
-    with torch.no_grad(), torch.autocast(lazy.device.type, enabled=False):
-        for rows in hidden.split(_rows_of_a_block(lazy)):
-            block = _evaluate(lazy, base, logits(rows))
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        for rows in hidden.split(_rows_of_a_block(lazy.state.like)):
+            block = _evaluate(lazy.state, base, logits(rows))
             parts.append(func(block, *args[:at], *last, *args[at + 1 :], **named))
     return _joined(parts, tuple(lazy.shape[:-1]))
 
 
-def _rows_of_a_block(lazy: LazyLogits) -> int:
+def _rows_of_a_block(like: Tensor) -> int:
     """A sixteenth of the logits, but 1 to 16 MiB."""
-    row = max(1, lazy.size(-1) * lazy.element_size())
-    size = min(max(lazy.numel() * lazy.element_size() // 16, 1 << 20), 16 << 20)
+    row = max(1, like.size(-1) * like.element_size())
+    size = min(max(like.numel() * like.element_size() // 16, 1 << 20), 16 << 20)
     return max(1, size // row)
 
 
-def _source(lazy: LazyLogits) -> LazyLogits:
-    """The tensor of the same shape that `lazy` is made of by operations on each row of classes alone."""
-    while lazy._state.op is not None and _is_within_rows(lazy._state.op, lazy):
-        lazy = lazy._state.base  # type: ignore[assignment]
-    return lazy
+def _source(state: State) -> State:
+    """The state of the same shape that this one is made of by operations on each row of classes alone."""
+    while state.base is not None and state.op is not None and _is_within_rows(state.op, state.like):
+        state = state.base
+    return state
 
 
-def _is_within_rows(op: Op, lazy: LazyLogits) -> bool:
+def _is_within_rows(op: Op, like: Tensor) -> bool:
     if op.name in ("softmax", "log_softmax"):
-        return dict(op.kwargs).get("dim", op.args[0] if op.args else None) in (-1, lazy.dim() - 1)
+        return dict(op.kwargs).get("dim", op.args[0] if op.args else None) in (-1, like.dim() - 1)
     return op.name in _VALUES or op.name == "detach"
 
 
-def _evaluate(lazy: LazyLogits, base: LazyLogits, block: Tensor) -> Tensor:
-    """Rows (R, V) of `lazy` from the same rows `block` of its source."""
-    if lazy is base:
+def _evaluate(state: State, base: State, block: Tensor) -> Tensor:
+    """Rows (R, V) of a state from the same rows `block` of its source."""
+    if state is base:
         return block
-    op = lazy._state.op
-    assert op is not None and lazy._state.base is not None
-    value = _evaluate(lazy._state.base, base, block)
+    op = state.op
+    assert op is not None and state.base is not None
+    value = _evaluate(state.base, base, block)
     if op.name in ("softmax", "log_softmax"):
         return getattr(torch, op.name)(value, -1)
-    args = (_evaluate(a, base, block) if type(a) is type(lazy) else a for a in op.args)
+    args = (_evaluate(a.state, base, block) if isinstance(a, LazyLogits) else a for a in op.args)
     return op.func(value, *args, **dict(op.kwargs))
 
 
@@ -263,4 +277,4 @@ def _joined(parts: list[Any], rows: tuple[int, ...]) -> Any:
     return type(parts[0])([_joined(list(column), rows) for column in zip(*parts, strict=True)])
 
 
-__all__ = ["METADATA", "Op", "stay_lazy", "writes"]
+HANDLERS.extend([about_the_tensor, stay_lazy, read_a_part])

@@ -38,15 +38,28 @@ class LazyLogits(Tensor):
     @classmethod
     def make(cls, chain: HeadChain, like: Tensor | None = None) -> LazyLogits:
         """Lazy logits of a chain; `like` is a (meta) tensor of the logits' shape, strides and dtype, if known."""
-        state = State.made_by(chain)
-        return _wrap(state, _meta_run(chain) if like is None else like, chain, state.grad)
+        state = State.made_by(chain, _meta_run(chain) if like is None else like)
+        if state.grad and any(t.requires_grad for t in chain.tensors):
+            return _Made.apply(state, chain.hidden.device, *chain.tensors)
+        return _new(state, chain.hidden.device)
 
     def derive(self, op: Op, like: Tensor) -> LazyLogits:
         """This tensor after one operation that stays lazy."""
-        grad = self.requires_grad and not op.detaches and (torch.is_grad_enabled() or op.is_alias)
-        chain = self.state.unread
+        chain, state = self.state.unread, self.state.then(op, like)
         assert chain is not None
-        return _wrap(self.state.then(op), like, chain, grad)
+        grad = self.requires_grad and not op.detaches
+        if grad and state.grad:
+            return _Made.apply(state, chain.hidden.device, *chain.tensors)
+        # A view made without gradients of a tensor that has one is a leaf with one.
+        return _new(state, chain.hidden.device, requires_grad=grad and op.is_alias)
+
+    @property
+    def owner(self) -> LazyLogits:
+        """The unread tensor whose memory this one's is; itself where it is no view."""
+        state = self.state.owner()
+        if state is self.state:
+            return self
+        return _new(state, self.device, requires_grad=self.requires_grad)
 
     @property
     def chain(self) -> HeadChain | None:
@@ -67,9 +80,10 @@ class LazyLogits(Tensor):
         cls, func: Callable[..., Any], types: Iterable[type], args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in METADATA and _is_unread(args[0]):
+        if func in METADATA and isinstance(args[0], LazyLogits):
+            value = args[0].state.value
             with DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
+                return func(args[0] if value is None else value, *args[1:], **kwargs)
         for handle in HANDLERS:
             found = handle(func, args, kwargs)
             if found is not NotImplemented:
@@ -111,17 +125,17 @@ class _Made(torch.autograd.Function):
     """Ties a lazy tensor to what it is made from, for code that differentiates it without reading it by its name."""
 
     @staticmethod
-    def forward(state: State, like: Tensor, device: torch.device, *tensors: Tensor) -> LazyLogits:
-        return _new(state, like, device)
+    def forward(state: State, device: torch.device, *tensors: Tensor) -> LazyLogits:
+        return _new(state, device)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.state, _, _, *ctx.tensors = inputs
+        ctx.state, _, *ctx.tensors = inputs
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Any:
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[2:]
         found: Any = [None] * len(needs)
         if grad is not None:
             wanted = [t for t, need in zip(ctx.tensors, needs, strict=True) if need]
@@ -130,18 +144,11 @@ class _Made(torch.autograd.Function):
                 made = iter(torch.autograd.grad(
                     ctx.state.read(), wanted, grad, retain_graph=True, create_graph=again, allow_unused=True))  # fmt: skip
             found = [next(made) if need else None for need in needs]
-        return (None, None, None, *found)
+        return (None, None, *found)
 
 
-def _wrap(state: State, like: Tensor, chain: HeadChain, grad: bool) -> LazyLogits:
-    device = chain.hidden.device
-    if not (grad and any(t.requires_grad for t in chain.tensors)):
-        return _new(state, like, device)
-    with torch.enable_grad():
-        return _Made.apply(state, like, device, *chain.tensors)
-
-
-def _new(state: State, like: Tensor, device: torch.device) -> LazyLogits:
+def _new(state: State, device: torch.device, requires_grad: bool = False) -> LazyLogits:
+    like = state.like
     lazy = Tensor._make_wrapper_subclass(
         LazyLogits,
         like.shape,
@@ -149,13 +156,10 @@ def _new(state: State, like: Tensor, device: torch.device) -> LazyLogits:
         storage_offset=like.storage_offset(),
         dtype=like.dtype,
         device=device,
+        requires_grad=requires_grad,
     )
     lazy.state = state
     return lazy
-
-
-def _is_unread(x: Any) -> bool:
-    return isinstance(x, LazyLogits) and x.state.value is None
 
 
 def _plain(x: Any) -> Any:
