@@ -114,6 +114,7 @@ def cut_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options, 
             outputs = CutOutputs()
             if options.logits == "lazy":
                 outputs = cut_outputs(gm, found, {r.linear for r in report.rewritten}, options.policy, undo)
+                outputs = replace(outputs, outlive_steps=options.after_step == "as_before")
                 report.note_lazy({output.linear for output in outputs.lazy})
     except Fault as fault:
         undo.restore()

@@ -36,16 +36,13 @@ _EXCHANGE = (Tensor.data.__set__,)  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Op:
-    """A function and its arguments other than the tensor itself."""
+    """A function and its arguments other than the tensor itself; lazy ones among them by what is behind them."""
 
     name: str
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     is_alias: bool  # whether the result is a view of the tensor's memory
-
-    def apply(self, x: Tensor) -> Any:
-        return self.func(x, *self.args, **dict(self.kwargs))
 
     @property
     def detaches(self) -> bool:

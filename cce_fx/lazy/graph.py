@@ -21,7 +21,7 @@ from ..passes.pipeline import apply
 from ..passes.rewriter import logits_of, write_logits, write_operands
 from ..passes.trace import trace
 from ..passes.values import output_of
-from .state import State
+from .state import State, owned
 
 _CACHE_SIZE = 64
 
@@ -40,7 +40,7 @@ def cut_loss(state: State, func: Callable[..., Any], args: tuple[Any, ...], kwar
         made = _make(state, call, tensors, lambda gm, node, rest: _cut(state, gm, node, rest, func, args, kwargs))
         if made is None:
             return NotImplemented
-        loss = made.run()
+        loss = owned(made.run())
     state.hook_up(loss)
     return loss
 
@@ -71,7 +71,7 @@ def row_source(state: State) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None
             return None
         hidden, weight, bias = made.run()
     view = made.graph.meta["view"]
-    return hidden.flatten(0, -2), lambda rows: logits_of(view, state.like.dtype, rows, weight, bias)
+    return hidden.reshape(-1, hidden.size(-1)), lambda rows: logits_of(view, state.like.dtype, rows, weight, bias)
 
 
 def _row_operands(gm: GraphModule, node: Node, rest: Iterator[Node]) -> GraphModule | None:
@@ -102,7 +102,7 @@ def _make(
 
     None where it makes nothing, or where lazy tensors were combined on the way.
     """
-    chain, ops = state.unread, state.ops
+    chain, ops = state.root.chain, state.ops
     assert chain is not None
     if not all(_is_plain(op.args, dict(op.kwargs)) for op in ops):
         return None
@@ -135,7 +135,7 @@ def _finished(
 
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Whether there are no lazy tensors among arguments."""
-    return not any(hasattr(a, "state") and isinstance(a.state, State) for a in (*args, *kwargs.values()))
+    return not any(isinstance(a, State) or hasattr(a, "state") for a in (*args, *kwargs.values()))
 
 
 def _frozen(value: Any) -> Any:
@@ -155,7 +155,7 @@ def _describe(value: Any) -> Any:
 
 def _graph(state: State, values: list[Any]) -> tuple[GraphModule, Node, Iterator[Node]]:
     """A graph of the chain and the lazy operations; its last node; inputs not used so far."""
-    chain = state.unread
+    chain = state.root.chain
     assert chain is not None
     graph = Graph()
     inputs = [graph.placeholder(f"in{i}") for i in range(len(values))]
@@ -187,7 +187,7 @@ def _cut(
         loss = gm.graph.call_function(func, (node, *args), kwargs)
     output.args = (loss,)
     fakes.propagate(gm, [loss], grad=torch.is_grad_enabled())
-    policy = state.unread.run.meta.get("cce_fx_policy", Policy())  # type: ignore[union-attr]
+    policy = state.root.chain.run.meta.get("cce_fx_policy", Policy())  # type: ignore[union-attr]
     report, _ = apply(gm, replace(policy, min_vocab=0), Undo(gm))
     return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None
 

@@ -13,8 +13,8 @@ from .._torch import DisableTorchFunctionSubclass, tree_iter, tree_map
 from ..passes.canonical import CASTS, canonical_callable
 from .functions import BASE, DETACH_, IS_VIEW, REGISTER_HOOK, WATCH, Op, writes
 from .graph import cut_loss, read_rows, row_source
-from .state import State
-from .tensor import HANDLERS, LazyLogits
+from .state import State, owned
+from .tensor import HANDLERS, LazyLogits, base_of
 
 # Operations by canonical name that stay lazy: they move rows about, cast, scale, or work on each row of classes alone.
 _MOVES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
@@ -38,9 +38,10 @@ def about_the_tensor(func: Callable[..., Any], args: tuple[Any, ...], kwargs: di
         return None
     if func in WATCH and lazy.state.root.passed_by:
         raise RuntimeError(_TOO_LATE)
-    if lazy.state.value is None and (func is IS_VIEW or func == BASE):
-        is_view = lazy.owner is not lazy
-        return is_view if func is IS_VIEW else lazy.owner if is_view else None
+    if lazy.state.value is None and func is IS_VIEW:
+        return lazy.state.viewed() is not lazy.state
+    if lazy.state.value is None and func == BASE:
+        return base_of(lazy)
     return NotImplemented
 
 
@@ -97,11 +98,10 @@ def _read_part(state: State) -> bool:
         if rows is not NotImplemented:
             state.part = rows
         elif state.base is not None and state.op is not None and _read_part(state.base):
-            others = [a.state for a in state.op.args if isinstance(a, LazyLogits)]
-            if all(_read_part(other) for other in others):
-                with torch.inference_mode(False), torch.set_grad_enabled(state.grad):
-                    state.part = state.op.func(state.base.part, *map(_part, state.op.args), **dict(state.op.kwargs))
-    return state.part is not None
+            if all(_read_part(a) for a in state.op.args if isinstance(a, State)):
+                state.part = state.computed(lambda base: base.part)
+    # What is made of it is laid out as it is.
+    return state.part is not None and state.part.stride() == torch.empty_like(state.like).stride()
 
 
 def _part(x: Any) -> Any:
@@ -151,7 +151,7 @@ def _product(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]) 
     if other.chain is None or _source(lazy.state) is not _source(other.state) or lazy.shape != other.shape:
         return NotImplemented
     like = _on_meta(lazy, torch.promote_types(lazy.dtype, other.dtype))
-    return lazy.derive(Op("mul", func, args, (), False), like)
+    return lazy.derive(Op("mul", func, (other.state,), (), False), like)
 
 
 def _pieces(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -169,7 +169,7 @@ def _pieces(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: dict[str
 
 def _rows_chosen(lazy: LazyLogits, index: Tensor) -> Any:
     """`lazy[mask]` and `lazy[positions]` where whole rows are chosen; the one look at the mask is eager's own."""
-    if index.device != lazy.device or type(index) is not Tensor:
+    if index.device != lazy.device or type(index) is not Tensor or not lazy.state.like.is_contiguous():
         return NotImplemented
     if index.dtype == torch.int64 and index.dim() == 1 and lazy.dim() > 1:
         return torch.index_select(lazy, 0, torch.where(index < 0, index + lazy.size(0), index))
@@ -266,14 +266,14 @@ def _evaluate(state: State, base: State, block: Tensor) -> Tensor:
     value = _evaluate(state.base, base, block)
     if op.name in ("softmax", "log_softmax"):
         return getattr(torch, op.name)(value, -1)
-    args = (_evaluate(a.state, base, block) if isinstance(a, LazyLogits) else a for a in op.args)
+    args = (_evaluate(a, base, block) if isinstance(a, State) else a for a in op.args)
     return op.func(value, *args, **dict(op.kwargs))
 
 
 def _joined(parts: list[Any], rows: tuple[int, ...]) -> Any:
     if isinstance(parts[0], Tensor):
         whole = torch.cat(parts)
-        return whole.view(*rows, *whole.shape[1:])
+        return owned(whole.view((*rows, *whole.shape[1:])))
     return type(parts[0])([_joined(list(column), rows) for column in zip(*parts, strict=True)])
 
 

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 from . import gathered
 from .functions import Op
-from .weights import Copies, Witness, keep_through_steps, was_read
+from .weights import Copies, Witness, keep_through_steps
 
 _STALE = (
     "these logits are lazy and were not read while they could be: {what} changed since the forward, so reading them now would "
@@ -53,18 +53,44 @@ class HeadChain:
     def logits(self) -> Tensor:
         """The logits, a plain tensor."""
         with torch.autocast(self.hidden.device.type, enabled=False):
-            return self.run(self.hidden, *self.inputs)
+            return owned(self.run(self.hidden, *self.inputs))
+
+
+def owned(x: Tensor) -> Tensor:
+    """A tensor that is no view of another, as the results of graphs and reductions are: it can be detached in place, say."""
+    return _Own.apply(x) if x._is_view() else x
+
+
+class _Own(torch.autograd.Function):
+    """A view as a tensor of its own, in the same memory."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
 
 
 class State:
     """A tensor that is not read yet, or its value: the root of a family made by a chain, or an operation on another state.
 
+    What is unread is a function of the chain alone. States that share memory are read together, as views of one another;
+    others are computed from what they are derived from while that is as it was, and else from the chain anew.
+
     Attributes:
         like: its shape, strides and dtype, on the meta device.
-        chain: of a root that was not read.
-        base, op: of another state that was not read.
         grad: grad mode in which it was made, and in which the value will be.
-        value: the plain tensor, once read. Views of it are views of this tensor.
+        requires_grad: whether the stand-in for it was made to require gradients.
+        chain: of a root.
+        base, op: of another state.
+        value: the plain tensor, once read.
+        given: whether the program has the value, so that its identity cannot change any more.
         part: a value of its own, where some rows were read without the others; nobody holds views of it.
         passed_by: of a root: whether a gradient reaches hidden by another way than through the value.
         hooks: FSDP's, of a root: they gather the weights before the backward.
@@ -72,15 +98,19 @@ class State:
 
     def __init__(self, like: Tensor, grad: bool) -> None:
         self.like: Tensor = like
+        self.grad: bool = grad
+        self.requires_grad: bool = False
         self.chain: HeadChain | None = None
         self.base: State | None = None
         self.op: Op | None = None
-        self.grad: bool = grad
+        self._owner: State | None = None  # whose memory this one's is, if not its own
         self.value: Tensor | None = None
+        self.given: bool = False
         self.part: Tensor | None = None
         self.passed_by: bool = False
         self.hooks: tuple[Callable[..., Any], ...] = ()
-        self._witnesses: tuple[Witness, ...] = ()
+        self._witnesses: tuple[Witness, ...] = ()  # of what a root is made from
+        self._as_read: tuple[Witness, Any] | None = None  # of the value and its graph, when it was given away
         self._bare: Tensor | None = None  # the value without an autograd graph, made below autograd
         self._derived: weakref.WeakSet[State] = weakref.WeakSet()
         self._lock: threading.RLock = threading.RLock()
@@ -97,7 +127,9 @@ class State:
     def then(self, op: Op, like: Tensor) -> State:
         """This tensor after one more operation."""
         state = State(like, torch.is_grad_enabled())
-        state.base, state.op = self, op
+        state.base, state.op, state._lock = self, op, self._lock
+        if op.is_alias:
+            state._owner = self._memory
         self._derived.add(state)
         return state
 
@@ -122,21 +154,27 @@ class State:
 
     @property
     def unread(self) -> HeadChain | None:
-        """The chain that it will be computed from; None once the root was read."""
-        return self.root.chain
+        """The chain that it will be computed from; None once it was read."""
+        return self.root.chain if self.value is None else None
 
-    def owner(self) -> State:
-        """The state whose memory this one's is."""
+    def viewed(self) -> State:
+        """The state that this one is a view of, as autograd has it; itself where it is no view."""
         state = self
-        while state.base is not None and state.op is not None and state.op.is_alias:
+        while state.base is not None and state.op is not None and state.op.is_alias and not state.op.detaches:
             state = state.base
         return state
 
-    def family(self) -> Iterator[State]:
-        """This state and all that is derived from it."""
-        yield self
-        for child in list(self._derived):
-            yield from child.family()
+    @property
+    def _memory(self) -> State:
+        """The state whose memory this one's is."""
+        return self if self._owner is None else self._owner
+
+    def _views(self) -> Iterator[State]:
+        """The states that share this one's memory by being derived from it, each after its base."""
+        for state in list(self._derived):
+            if state.op is not None and state.op.is_alias:
+                yield state
+                yield from state._views()
 
     # --- reading ---------------------------------------------------------------------------------------------------------
 
@@ -146,22 +184,33 @@ class State:
         Raises RuntimeError when hidden, weight or bias changed since the forward.
         """
         with self._lock:
-            if self.value is None:
-                with torch.inference_mode(False), torch.set_grad_enabled(self.grad):
-                    self.value = self._compute()
-                self.hook_up(self.value)
-                # The references have done their work; what autograd needs it holds by itself.
-                self.chain = self.base = self.op = self.part = self._bare = None
-                self._witnesses = ()
-                was_read(self)
+            owner = self._memory
+            if owner.value is None:
+                owner.value = owner.computed(lambda base: base._as_derived())
+                self.hook_up(owner.value)
+                for view in owner._views():
+                    assert view.base is not None
+                    view.value = view.computed(lambda base: base.value)
+                    view._let_go()
+                owner._let_go()
+            assert self.value is not None
             return self.value
 
-    def _compute(self) -> Tensor:
-        if self.chain is not None:
-            self.check_fresh()
-            return self.chain.logits()
-        assert self.base is not None and self.op is not None
-        return self.op.apply(self.base.read())
+    def give(self) -> Tensor:
+        """The value, for the program to do with as it likes."""
+        with self._lock:
+            owner, value = self._memory, self.read()
+            if owner._as_read is None and owner._awaited():
+                assert owner.value is not None
+                owner._as_read = Witness.of(owner.value), owner.value.grad_fn
+            self.given = True
+            return value
+
+    def given_as(self, tensor: Tensor) -> None:
+        """The value has become another object."""
+        self.value = tensor
+        if self._as_read is not None:
+            self._as_read = replace(self._as_read[0], tensor=tensor), self._as_read[1]
 
     def read_bare(self) -> Tensor:
         """The value for code below autograd: what is computed there has no graph, and is not to be taken for the value."""
@@ -170,25 +219,51 @@ class State:
                 return self.value.detach()
             if self._bare is None:
                 with torch.no_grad():
-                    if self.chain is not None:
-                        self.check_fresh()
-                        self._bare = self.chain.logits()
-                    else:
-                        assert self.base is not None and self.op is not None
-                        self._bare = self.op.apply(self.base.read_bare())
+                    self._bare = self._applied(lambda base: base.read_bare())
             return self._bare
 
-    def read_family(self) -> None:
-        """Before an in-place change, which reaches every view of the memory: read all of them, as views of one another."""
-        with self._lock:
-            for state in list(self.root.family()):
-                state.read()
+    def computed(self, source: Callable[[State], Any]) -> Tensor:
+        """The value in the grad mode that it was made in, from what `source` gives for a state."""
+        with torch.inference_mode(False), torch.set_grad_enabled(self.grad):
+            return self._applied(source)
+
+    def _applied(self, source: Callable[[State], Any]) -> Tensor:
+        if self.base is None or self.op is None:
+            assert self.chain is not None
+            self.check_fresh()
+            return self.chain.logits()
+        args = (source(a) if isinstance(a, State) else a for a in self.op.args)
+        return self.op.func(source(self.base), *args, **dict(self.op.kwargs))
+
+    def _as_derived(self) -> Tensor:
+        """The value as it was when something was derived from it."""
+        return self.computed(lambda base: base._as_derived()) if self._memory._is_other() else self.read()
+
+    def _is_other(self) -> bool:
+        """Whether the program changed the value that it was given."""
+        if self._as_read is None or self.value is None:
+            return False
+        (witness, graph), value = self._as_read, self.value
+        as_it_was = value.shape == self.like.shape and value.stride() == self.like.stride() and value.grad_fn is graph
+        return not as_it_was or witness.is_other()
+
+    def _awaited(self) -> bool:
+        """Whether something is derived from this tensor that was not read."""
+        return any(state.value is None or state._awaited() for state in list(self._derived))
+
+    def _let_go(self) -> None:
+        """What is not needed to compute anything any more."""
+        self.part = self._bare = None
+        if not self._derived:
+            self.chain = self.base = self.op = None
+            self._witnesses = ()
 
     def hook_up(self, made: Tensor) -> None:
         """Put the hooks that were put off onto what was made of these logits."""
         if made.requires_grad:
-            self.root.passed_by |= made is not self.value
-            for hook in self.root.hooks:
+            root = self.root
+            root.passed_by |= made is not root.value
+            for hook in root.hooks:
                 made.register_hook(hook)
 
     # --- what it is made from --------------------------------------------------------------------------------------------
@@ -202,14 +277,10 @@ class State:
             if not gathered.is_there(witness.tensor):
                 raise RuntimeError(_LET_GO)
             stale = _STALE.format(what="hidden" if at == 0 else "the weight or bias")
-            if witness.changed:
-                raise RuntimeError(stale)
-            same = witness.same_entries
-            if same is None:
-                continue
-            if not wait and same.device.type == "cuda":
+            same = witness.same_entries if not witness.changed else None
+            if same is not None and not wait and same.device.type == "cuda":
                 torch._assert_async(same, stale)
-            elif not same:
+            elif witness.changed or (same is not None and not same):
                 raise RuntimeError(stale)
 
     def outlive(self, copies: Copies) -> None:
@@ -231,18 +302,17 @@ class State:
     def detach(self) -> bool:
         """Let the autograd graph of hidden go, unread; False where it was read or views of it keep their gradient."""
         with self._lock:
-            if self.chain is None or self._derived:
+            if self.value is not None or self.chain is None or self._derived:
                 return False
             self.chain = replace(self.chain, hidden=self.chain.hidden.detach())
             self._witnesses = (Witness.of(self.chain.hidden), *self._witnesses[1:])
-            self.grad = False
+            self.grad = self.requires_grad = False
             return True
 
     def put_off(self, hook: Callable[..., Any]) -> bool:
         """Keep a hook of FSDP's, which asks for no gradient, until the logits or their loss are made; False if too late."""
         with self._lock:
-            root = self.root
-            if root.chain is None or not gathered.is_gathering(hook):
+            if self.unread is None or not gathered.is_gathering(hook):
                 return False
-            root.hooks = (*root.hooks, hook)
+            self.root.hooks = (*self.root.hooks, hook)
             return True

@@ -4,7 +4,7 @@
 It has the logits' shape, dtype, device and strides, and computes them when somebody looks. Operations that only move rows
 about, cast or scale stay lazy, because a training framework casts every output without looking at it; a loss on lazy
 logits is cut like a loss inside the graph; reductions over the vocabulary go block by block of rows (`operations.py`).
-Everything else reads the logits once and works on the plain tensor. Code that gets at the tensor below Python finds the
+Everything else reads the logits, and from then on the object is the plain tensor. Code that gets at the tensor below Python finds the
 result of an autograd function, which computes the logits' graph when their gradient arrives.
 
 What it keeps alive: hidden (N x D, with its autograd graph), and references to weight and bias, which are alive anyway.
@@ -17,9 +17,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import swap_tensors
 
 from .._torch import DisableTorchFunctionSubclass, disable_dynamo, tree_iter, tree_map
-from .functions import METADATA, Op, writes
+from .functions import METADATA, Op
 from .state import HeadChain, State
 
 # `(func, args, kwargs) -> result or NotImplemented`, asked in order before the logits are read.
@@ -28,6 +29,9 @@ HANDLERS: list[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], A
 
 class LazyLogits(Tensor):
     """Logits that compute themselves when read. Made by the backend; see the module's text.
+
+    Once read, the object is the plain tensor: an instance of `torch.Tensor`, and of this class no more. Where something else
+    holds on to it (an autograd function that saved it, a weak reference) it stays, and stands for the plain tensor.
 
     Raises:
         RuntimeError: when read after hidden, weight or bias changed, but for the step of an optimizer.
@@ -39,27 +43,16 @@ class LazyLogits(Tensor):
     def make(cls, chain: HeadChain, like: Tensor | None = None) -> LazyLogits:
         """Lazy logits of a chain; `like` is a (meta) tensor of the logits' shape, strides and dtype, if known."""
         state = State.made_by(chain, _meta_run(chain) if like is None else like)
-        if state.grad and any(t.requires_grad for t in chain.tensors):
-            return _Made.apply(state, chain.hidden.device, *chain.tensors)
-        return _new(state, chain.hidden.device)
+        state.requires_grad = state.grad and any(t.requires_grad for t in chain.tensors)
+        return _shell(state, chain)
 
     def derive(self, op: Op, like: Tensor) -> LazyLogits:
         """This tensor after one operation that stays lazy."""
         chain, state = self.state.unread, self.state.then(op, like)
         assert chain is not None
-        grad = self.requires_grad and not op.detaches
-        if grad and state.grad:
-            return _Made.apply(state, chain.hidden.device, *chain.tensors)
         # A view made without gradients of a tensor that has one is a leaf with one.
-        return _new(state, chain.hidden.device, requires_grad=grad and op.is_alias)
-
-    @property
-    def owner(self) -> LazyLogits:
-        """The unread tensor whose memory this one's is; itself where it is no view."""
-        state = self.state.owner()
-        if state is self.state:
-            return self
-        return _new(state, self.device, requires_grad=self.requires_grad)
+        state.requires_grad = self.state.requires_grad and not op.detaches and (state.grad or op.is_alias)
+        return _shell(state, chain)
 
     @property
     def chain(self) -> HeadChain | None:
@@ -67,12 +60,22 @@ class LazyLogits(Tensor):
         return self.state.unread
 
     def materialize(self) -> Tensor:
-        """The logits as a plain tensor, computed at the first call, with their autograd graph.
+        """This object as a plain tensor, computed at the first call, with its autograd graph.
 
         Raises:
             RuntimeError: when hidden, weight or bias changed since the forward.
         """
-        return self.state.read()
+        state = self.state
+        given, value = state.given, state.give()
+        if given:
+            return value
+        try:
+            with DisableTorchFunctionSubclass():
+                swap_tensors(self, value)
+        except RuntimeError:  # one of them is held by something else
+            return value
+        state.given_as(self)
+        return self
 
     @classmethod
     @disable_dynamo(recursive=True)
@@ -84,18 +87,17 @@ class LazyLogits(Tensor):
             value = args[0].state.value
             with DisableTorchFunctionSubclass():
                 return func(args[0] if value is None else value, *args[1:], **kwargs)
+        lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
+        for lazy in lazies:
+            _keep_graph(lazy)
         for handle in HANDLERS:
             found = handle(func, args, kwargs)
             if found is not NotImplemented:
                 return found
-        lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
-        if writes(func, kwargs):
-            for x in lazies:
-                x.state.read_family()
         args, kwargs = tree_map(_plain, (args, kwargs))
         found = func(*args, **kwargs)
         # What is changed in place is returned as the very tensor that was given.
-        return next((x for x in lazies if found is x.state.value), found)
+        return next((x for x in lazies if isinstance(x, LazyLogits) and found is x.state.value), found)
 
     @classmethod
     @disable_dynamo(recursive=True)
@@ -104,10 +106,10 @@ class LazyLogits(Tensor):
     ) -> Any:
         """Below autograd, where C++ got at the tensor without asking; the gradient is `_Made`'s."""
         kwargs = kwargs or {}
-        if func._schema.is_mutable:
+        if func._schema.is_mutable:  # the memory itself is meant
             for x in tree_iter((args, kwargs)):
                 if isinstance(x, LazyLogits):
-                    x.state.read_family()
+                    x.state.give()
         args, kwargs = tree_map(_bare, (args, kwargs))
         return func(*args, **kwargs)
 
@@ -122,7 +124,7 @@ class LazyLogits(Tensor):
 
 
 class _Made(torch.autograd.Function):
-    """Ties a lazy tensor to what it is made from, for code that differentiates it without reading it by its name."""
+    """Ties a lazy tensor to what it is made from, for code that differentiates it without asking for its values."""
 
     @staticmethod
     def forward(state: State, device: torch.device, *tensors: Tensor) -> LazyLogits:
@@ -147,7 +149,44 @@ class _Made(torch.autograd.Function):
         return (None, None, *found)
 
 
-def _new(state: State, device: torch.device, requires_grad: bool = False) -> LazyLogits:
+class _Read(torch.autograd.Function):
+    """The values of a lazy tensor that has another autograd graph than the one it was made with, with that graph."""
+
+    @staticmethod
+    def forward(lazy: LazyLogits, state: State) -> Tensor:
+        return state.read_bare().clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def _keep_graph(lazy: LazyLogits) -> None:
+    """Read a tensor that was given a graph by an autograd function of the program's, which returned it."""
+    state = lazy.state
+    with DisableTorchFunctionSubclass():
+        if state.value is not None or lazy.requires_grad == state.requires_grad:
+            return
+    with torch.enable_grad():
+        value = _Read.apply(lazy, state)
+    lazy.state = State(state.like, True)
+    lazy.state.value = value
+
+
+def _shell(state: State, chain: HeadChain) -> LazyLogits:
+    """The tensor in front of a state that is made from a chain."""
+    device = chain.hidden.device
+    if not (state.requires_grad and state.grad):
+        return _new(state, device)
+    with torch.enable_grad():
+        return _Made.apply(state, device, *chain.tensors)
+
+
+def _new(state: State, device: torch.device) -> LazyLogits:
     like = state.like
     lazy = Tensor._make_wrapper_subclass(
         LazyLogits,
@@ -156,10 +195,21 @@ def _new(state: State, device: torch.device, requires_grad: bool = False) -> Laz
         storage_offset=like.storage_offset(),
         dtype=like.dtype,
         device=device,
-        requires_grad=requires_grad,
+        requires_grad=state.requires_grad and not state.grad,
     )
     lazy.state = state
     return lazy
+
+
+def base_of(lazy: LazyLogits) -> Tensor | None:
+    """What an unread tensor is a view of, as `Tensor._base`; None where it is no view."""
+    owner, chain = lazy.state.viewed(), lazy.state.unread
+    if owner is lazy.state:
+        return None
+    if owner.value is not None:
+        return owner.value if owner.value._base is None else owner.value._base
+    assert chain is not None
+    return _shell(owner, chain)
 
 
 def _plain(x: Any) -> Any:

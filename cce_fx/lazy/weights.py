@@ -48,6 +48,11 @@ class Witness:
         """Whether the tensor's version or memory is another. Free."""
         return _count(self.tensor) != (self.count, self.place)
 
+    def is_other(self) -> bool:
+        """Whether the tensor changed, as far as that can be known."""
+        same = None if self.changed else self.same_entries
+        return self.changed if same is None else not same
+
     @property
     def same_entries(self) -> Tensor | None:
         """Whether the entries are what they were, a bool () on the tensor's device; None where none are remembered."""
@@ -118,7 +123,7 @@ _hooked = False
 
 
 def keep_through_steps(lazy: Overtaken) -> None:
-    """Have `lazy.outlive` called before a step of any optimizer of torch, while `lazy` is alive and not `read`."""
+    """Have `lazy.outlive` called before a step of any optimizer of torch, while `lazy` is alive."""
     global _hooked
     if not _hooked:
         from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -126,11 +131,6 @@ def keep_through_steps(lazy: Overtaken) -> None:
         _hooked = True
         register_optimizer_step_pre_hook(_before_step)
     _unread.add(lazy)
-
-
-def was_read(lazy: Overtaken) -> None:
-    """It has its values and needs no weights any more."""
-    _unread.discard(lazy)
 
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
