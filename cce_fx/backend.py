@@ -113,8 +113,8 @@ def cut_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options, 
             report, found = apply(gm, replace(options.policy, tune=tune), undo)
             outputs = CutOutputs()
             if options.logits == "lazy":
-                outputs = cut_outputs(gm, found, {r.linear for r in report.rewritten}, options.policy, undo)
-                outputs = replace(outputs, outlive_steps=options.after_step == "as_before")
+                with stage("making logits lazy", *(c.anchor for c in found.candidates)):
+                    outputs = cut_outputs(gm, found, {r.linear for r in report.rewritten}, options, undo)
                 report.note_lazy({output.linear for output in outputs.lazy})
     except Fault as fault:
         undo.restore()

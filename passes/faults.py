@@ -53,7 +53,7 @@ class Undo:
         """To be called before a change; all but the first call do nothing."""
         if not self._graphs:
             modules = (m for m in self._gm.modules() if isinstance(m, GraphModule))
-            self._graphs = [(m, copy.deepcopy(m.graph)) for m in modules]
+            self._graphs = [(m, _copied(m.graph)) for m in modules]
 
     @property
     def changed(self) -> bool:
@@ -67,6 +67,16 @@ class Undo:
         self._graphs = []
 
 
+def _copied(graph: Graph) -> Graph:
+    """A copy with everything that was noted at the nodes: Dynamo notes where an input comes from as an attribute."""
+    made = copy.deepcopy(graph)
+    for old, new in zip(graph.nodes, made.nodes, strict=True):
+        for name, value in vars(old).items():
+            if name not in vars(new):
+                setattr(new, name, value)
+    return made
+
+
 def failed(fault: Fault, graphs: int = 1) -> Report:
     """Warn of a fault, once, and report it as a decline of each loss that it is about."""
     error = fault.__cause__
@@ -74,9 +84,9 @@ def failed(fault: Fault, graphs: int = 1) -> Report:
         raise error
     what = f"{fault.stage}: {type(error).__name__}: {error}".splitlines()[0]
     declined = [Declined.of(Decline(Reason.INTERNAL, node, what)) for node in fault.nodes]
+    places = ", ".join(f"{d.loss} ({d.source})" if d.source else d.loss for d in declined)
     _log.warning(
-        "cce_fx failed, and the program runs as it was: %s. See INTERNAL in docs/troubleshooting.md",
-        "; ".join(d.message for d in declined),
+        "cce_fx failed at %s, and the program runs as it was: %s. See INTERNAL in docs/troubleshooting.md", places, what
     )
     _log.debug("the failure", exc_info=error)
     return Report(declined=declined, graphs=graphs)

@@ -54,15 +54,14 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
                 declines.append(refused)
         else:
             done.append(site)
-    if done:
-        # Views beside the paths too, such as what a tracer saved for a backward.
-        erase_unused(gm.graph, list(reversed(found.views)))
-    for site in done:
-        report.rewritten.append(Rewritten.of(site, logits_use(site.candidate.view)))
-    report.declined += [Declined.of(d) for d in declines]
-    if done:
-        gm.graph.lint()
-        gm.recompile()
+    with stage("rewriting", *(site.candidate.anchor for site in done)):
+        if done:
+            # Views beside the paths too, such as what a tracer saved for a backward.
+            erase_unused(gm.graph, list(reversed(found.views)))
+            gm.graph.lint()
+            gm.recompile()
+        report.rewritten += [Rewritten.of(site, logits_use(site.candidate.view)) for site in done]
+        report.declined += [Declined.of(d) for d in declines]
     for body in _bodies(gm, found):
         # A checkpoint runs its body twice: gradients made in the first run would be thrown away.
         recompute = replace(policy, strategy="recompute") if policy.strategy == "auto" else policy

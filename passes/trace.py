@@ -111,7 +111,8 @@ def _hashable(name: object) -> bool:
     return getattr(name, "__hash__", None) is not None
 
 
-def _storage(node: Node | None) -> int | None:
+def storage_of(node: Node | None) -> int | None:
+    """What tells the memory of a node's value from that of others; None where that is not known."""
     value = value_of(node) if node is not None else None
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return None
@@ -120,17 +121,17 @@ def _storage(node: Node | None) -> int | None:
 
 def written_inputs(graph: Graph) -> list[int]:
     """The positions of a graph's inputs whose memory a node of it writes to."""
-    written = {_storage(n) for node in graph.nodes for n in mutated_arguments(node)} - {None}
+    written = {storage_of(n) for node in graph.nodes for n in mutated_arguments(node)} - {None}
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
-    return [i for i, n in enumerate(inputs) if _storage(n) in written]
+    return [i for i, n in enumerate(inputs) if storage_of(n) in written]
 
 
 def _end_mutated(found: Trace, node: Node) -> None:
-    written = {s for n in mutated_arguments(node) if (s := _storage(n)) is not None}
+    written = {s for n in mutated_arguments(node) if (s := storage_of(n)) is not None}
     if not written:
         return
     for at, view in list(found.views.items()):
-        if any(_storage(n) in written for n in view.reads):
+        if any(storage_of(n) in written for n in view.reads):
             del found.views[at]
             found.stops[at] = Decline(Reason.MUTATED, node)
 

@@ -50,8 +50,9 @@ class LazyLogits(Tensor):
         """This tensor after one operation that stays lazy."""
         chain, state = self.state.unread, self.state.then(op, like)
         assert chain is not None
+        differentiable = any(s.requires_grad for s in (self.state, *op.args) if isinstance(s, State))
         # A view made without gradients of a tensor that has one is a leaf with one.
-        state.requires_grad = self.state.requires_grad and not op.detaches and (state.grad or op.is_alias)
+        state.requires_grad = differentiable and not op.detaches and (state.grad or op.is_alias)
         return _shell(state, chain)
 
     @property
@@ -121,6 +122,25 @@ class LazyLogits(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.materialize())
+
+
+@disable_dynamo(recursive=True)
+def _in_place(operation: Callable[..., Any], lazy: Tensor, other: Any) -> Any:
+    return operation(lazy, other)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    operation = getattr(Tensor, name)
+
+    def method(self: Tensor, other: Any) -> Any:
+        return _in_place(operation, self, other)
+
+    return method
+
+
+# Dynamo reads Python's in-place operators of a class like this one by calling the method, and the method by the operator.
+for _name in (f"__{name}__" for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor")):
+    setattr(LazyLogits, _name, _operator(_name))
 
 
 class _Made(torch.autograd.Function):
