@@ -17,10 +17,12 @@ from torch.fx import Graph, GraphModule, Node
 from .lazy import HeadChain, LazyLogits
 from .lazy.gathered import is_let_go_early
 from .options import Options
+from .passes.autocast import autocast_at
 from .passes.canonical import canonical
 from .passes.decide import Policy, illegal_head
 from .passes.fakes import WouldGuard
 from .passes.faults import Undo
+from .passes.registry import BEGINNERS
 from .passes.rewriter import erase_unused
 from .passes.sharded import sharded_nodes
 from .passes.trace import Trace, storage_of
@@ -53,6 +55,7 @@ class LazyOutput:
     chain: GraphModule  # (hidden, *inputs) -> logits
     sources: tuple[Source, ...]  # of hidden, then of the inputs
     views: tuple[ViewOutput, ...]
+    autocast: torch.dtype | None  # autocast's dtype where the graph multiplies
     rowwise: bool  # each row of hidden gives its row of logits
     classes: int
     dtype: torch.dtype
@@ -119,7 +122,8 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], options: Opt
                 views.append(ViewOutput(index, run, _sources(tuple(outer), inputs, results)))
         places = tuple(index for index, node in members if node is base)
         linear = found.views[base].linear.name
-        made.append(LazyOutput(places, linear, chain, sources, tuple(views), *_layout(base, found.views[base])))
+        autocast = autocast_at(found.views[base].linear)
+        made.append(LazyOutput(places, linear, chain, sources, tuple(views), autocast, *_layout(base, found.views[base])))
     output.args = (tuple(results),)
     if "example_value" in output.meta:
         output.meta["example_value"] = tuple(value_of(r) for r in results)
@@ -174,7 +178,13 @@ def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], po
     if view.linear.name not in rewritten:
         if not _is_large(view, policy) or not value_of(node).requires_grad or illegal_head(view) is not None:
             return False
+    if len({autocast_at(n) for n in view.path if canonical(n) in _MULTIPLY}) > 1:
+        return False
     return all(_only_output(n, output, found) for n in view.path)
+
+
+# What autocast casts the operands of, in what a head's logits are made by.
+_MULTIPLY = {*(name for name in BEGINNERS if isinstance(name, str)), "cat"} - {"getitem"}
 
 
 def _is_large(view: LogitsView, policy: Policy) -> bool:
@@ -245,7 +255,7 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
 
         for output in cut.lazy:
             hidden, *inputs = given(output.sources)
-            chain = HeadChain(hidden, tuple(inputs), output.chain, outlives_steps=cut.outlive_steps)
+            chain = HeadChain(hidden, tuple(inputs), output.chain, output.autocast, cut.outlive_steps)
             logits = LazyLogits.make(chain, output.like(hidden))
             # Weights that will be gone when somebody reads: the logits are computed while they are there.
             if any(is_let_go_early(t) for t in chain.tensors):

@@ -185,6 +185,69 @@ def test_every_operation_gives_what_it_gives_on_the_tensor(setup: Any, op: str) 
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+AUTOCAST = {
+    "read": lambda z, y: z + 0,
+    "cross entropy": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)),
+    "log_softmax": lambda z, y: z.log_softmax(-1) * 1,
+    "float": lambda z, y: z.float().softmax(-1) * 2,
+    "argmax": lambda z, y: z.argmax(-1),
+    "detached logsumexp": lambda z, y: z.detach().logsumexp(-1),
+    "nll": lambda z, y: F.nll_loss(F.log_softmax(z, -1).view(-1, V), y.view(-1)),
+    "gather": lambda z, y: -z.log_softmax(-1).gather(-1, y.clamp(min=0)[..., None]).mean(),
+    "detached sum": lambda z, y: z.detach().exp().sum(-1),
+    "a row": lambda z, y: z[0, 1].exp(),
+}
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["after autocast", "inside"])
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_logits_made_under_autocast(setup: Any, name: str, inside: bool) -> None:
+    """The head ran in autocast's dtype, and what is done with the logits runs in that of its own place."""
+    model, compiled, x, y = setup
+    found = []
+    for call in (compiled, model):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = call(x, y)[1]
+            assert logits.dtype == torch.bfloat16
+            result = AUTOCAST[name](logits, y) if inside else None
+        found.append(AUTOCAST[name](logits, y) if result is None else result)
+    got, want = found
+    assert (got.shape, got.dtype, got.requires_grad) == (want.shape, want.dtype, want.requires_grad)
+    torch.testing.assert_close(got * 1, want * 1, rtol=2e-2, atol=2e-2)
+
+
+ALIASES: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+    "twice": lambda z: (z, z),
+    "view": lambda z: (z, z.view(-1, V)),
+    "slice": lambda z: (z[:, :-1], z),
+    "detached": lambda z: (z, z.detach()),
+    "a copy": lambda z: (z, z.double()),
+    "only views": lambda z: (z[:, 1:], z[:, :-1]),
+    "a view of a cast": lambda z: (z.double(), z.double().flatten(0, 1), z),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_returned_views_share_memory(name: str) -> None:
+    class Views(Model):
+        def forward(self, x: Tensor, y: Tensor) -> Any:  # type: ignore[override]
+            loss, logits = super().forward(x, y)
+            return loss, *ALIASES[name](logits)
+
+    x, y = torch.randn(3, 7, D), torch.randint(0, V, (3, 7))
+    found = []
+    for backend, options in (("aot_eager", None), ("cce", {"inner": "aot_eager"})):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        _, *returned = torch.compile(Views(), backend=backend, **({"options": options} if options else {}))(x, y)
+        assert backend == "aot_eager" or all(map(unread, returned))
+        with torch.no_grad():
+            returned[0].mul_(0.5)
+            returned[-1][0] = 0.25
+        found.append([t.detach() + 0 for t in returned])
+    torch.testing.assert_close(*found)
+
+
 def test_backward_through_loss_and_logits_together(setup: Any) -> None:
     model, compiled, x, y = setup
     for call in (compiled, model):

@@ -43,6 +43,7 @@ class Op:
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     is_alias: bool  # whether the result is a view of the tensor's memory
+    autocast: torch.dtype | None = None  # autocast's dtype where it was called
 
     @property
     def detaches(self) -> bool:

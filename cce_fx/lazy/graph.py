@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from ..passes import Policy, fakes
+from ..passes.autocast import autocast_of, under, written_under
 from ..passes.faults import Fault, Undo, failed, stage
 from ..passes.pipeline import apply
 from ..passes.rewriter import logits_of, write_logits, write_operands
@@ -34,10 +35,14 @@ def cut_loss(state: State, func: Callable[..., Any], args: tuple[Any, ...], kwar
     if grad and not all(s.grad for s in state.path()):
         return NotImplemented  # a view made without gradients is a leaf of its own
     state.check_fresh(wait=False)
-    call = (func, _frozen(args), _frozen(tuple(kwargs.items())))
+    assert state.root.chain is not None
+    autocast = autocast_of(state.root.chain.hidden.device)
+    call = (func, _frozen(args), _frozen(tuple(kwargs.items())), autocast)
     tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
     with torch.set_grad_enabled(grad):
-        made = _make(state, call, tensors, lambda gm, node, rest: _cut(state, gm, node, rest, func, args, kwargs))
+        made = _make(
+            state, call, tensors, lambda gm, node, rest: _cut(state, gm, node, rest, func, args, kwargs, autocast)
+        )
         if made is None:
             return NotImplemented
         loss = owned(made.run())
@@ -109,8 +114,8 @@ def _make(
     recorded = [a for op in ops for a in op.args if isinstance(a, Tensor)]
     values = [chain.hidden, *chain.inputs, *recorded, *tensors]
     cache: dict[Any, GraphModule | None] = chain.run.meta.setdefault("cce_fx_losses", {})
-    steps = tuple((op.func, _frozen(op.args), _frozen(op.kwargs)) for op in ops)
-    key = (steps, call, torch.is_grad_enabled(), tuple(_describe(v) for v in values))
+    steps = tuple((op.func, _frozen(op.args), _frozen(op.kwargs), op.autocast) for op in ops)
+    key = (chain.autocast, steps, call, torch.is_grad_enabled(), tuple(_describe(v) for v in values))
     if key not in cache:
         if len(cache) >= _CACHE_SIZE:
             cache.clear()
@@ -157,15 +162,17 @@ def _graph(state: State, values: list[Any]) -> tuple[GraphModule, Node, Iterator
     """A graph of the chain and the lazy operations; its last node; inputs not used so far."""
     chain = state.root.chain
     assert chain is not None
-    graph = Graph()
+    graph, device = Graph(), chain.hidden.device
     inputs = [graph.placeholder(f"in{i}") for i in range(len(values))]
     head = 1 + len(chain.inputs)
     old = [n for n in chain.run.graph.nodes if n.op == "placeholder"]
     copies = dict(zip(old, inputs[:head], strict=True))
-    node = graph.graph_copy(chain.run.graph, copies)
+    with written_under(graph, device, chain.autocast):
+        node = graph.graph_copy(chain.run.graph, copies)
     rest = iter(inputs[head:])
     for op in state.ops:
-        node = graph.call_function(op.func, (node, *_placed(op.args, rest)), dict(op.kwargs))
+        with written_under(graph, device, op.autocast):
+            node = graph.call_function(op.func, (node, *_placed(op.args, rest)), dict(op.kwargs))
     graph.output(node)
     return GraphModule(chain.run, graph), node, rest
 
@@ -178,15 +185,17 @@ def _cut(
     func: Callable[..., Any],
     args: Any,
     kwargs: Any,
+    autocast: torch.dtype | None,
 ) -> GraphModule | None:
     """The loss after the graph, cut by the pass; None where that declines."""
     args = _placed(args, rest)
     kwargs = {k: next(rest) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    output = output_of(gm.graph)
-    with gm.graph.inserting_before(output):
+    output, device = output_of(gm.graph), state.root.chain.hidden.device  # type: ignore[union-attr]
+    with gm.graph.inserting_before(output), written_under(gm.graph, device, autocast):
         loss = gm.graph.call_function(func, (node, *args), kwargs)
     output.args = (loss,)
-    fakes.propagate(gm, [loss], grad=torch.is_grad_enabled())
+    with under(device, autocast):
+        fakes.propagate(gm, [loss], grad=torch.is_grad_enabled())
     policy = state.root.chain.run.meta.get("cce_fx_policy", Policy())  # type: ignore[union-attr]
     report, _ = apply(gm, replace(policy, min_vocab=0), Undo(gm))
     return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .._torch import DisableTorchFunctionSubclass, tree_iter, tree_map
+from ..passes.autocast import autocast_of, under
 from ..passes.canonical import CASTS, canonical_callable
 from .functions import BASE, DETACH_, IS_VIEW, REGISTER_HOOK, WATCH, Op, writes
 from .graph import cut_loss, read_rows, row_source
@@ -19,7 +21,8 @@ from .tensor import HANDLERS, LazyLogits, base_of
 # Operations by canonical name that stay lazy: they move rows about, cast, scale, or work on each row of classes alone.
 _MOVES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
           "getitem", "narrow", "select", "detach"}  # fmt: skip
-_VALUES = {*CASTS, "contiguous", "mul", "div", "neg", "exp", "log_softmax", "softmax", "log"}
+_CALCULATIONS = {"exp", "log_softmax", "softmax", "log"}
+_VALUES = {*CASTS, "contiguous", "mul", "div", "neg", *_CALCULATIONS}
 _ROWS = {"index_select"}
 _REDUCTIONS = {"argmax", "max", "topk", "logsumexp", "argmin", "min", "amax", "sum", "mean"}
 _LOSSES = {"cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp", "sum", "mean"}
@@ -135,14 +138,25 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
             return lazy
     if name == "index_select":
         args = (args[0], args[1].clone())  # the program may change its own
-    like = _on_meta(lazy)
+    like, autocast = _on_meta(lazy), autocast_of(lazy.device)
+    if autocast is not None and name in _CALCULATIONS:
+        like = like.to(_cast_by_autocast(func, like.dtype, like.dim(), lazy.device, autocast, args, tuple(kwargs.items())))
     made = func(like, *(a.to("meta") if isinstance(a, Tensor) else a for a in args), **kwargs)
     if not isinstance(made, Tensor) or not made.dtype.is_floating_point:
         return NotImplemented
     if made is like and name in (*CASTS, "contiguous"):
         return lazy
     is_alias = made.untyped_storage()._cdata == like.untyped_storage()._cdata
-    return lazy.derive(Op(name, func, tuple(args), tuple(kwargs.items()), is_alias), made)
+    return lazy.derive(Op(name, func, tuple(args), tuple(kwargs.items()), is_alias, autocast), made)
+
+
+@functools.cache
+def _cast_by_autocast(
+    func: Callable[..., Any], dtype: torch.dtype, dim: int, device: torch.device, autocast: torch.dtype, args: Any, kwargs: Any
+) -> torch.dtype:
+    """The dtype that autocast, which knows no meta tensors, has an operation calculate in."""
+    with under(device, autocast), torch.no_grad():
+        return func(torch.ones((1,) * dim, dtype=dtype, device=device), *args, **dict(kwargs)).dtype
 
 
 def _product(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -230,9 +244,11 @@ def _by_blocks(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any,
     (hidden, logits), parts = found, []
     last = [-1] * (len(args) > at)
     named = {**kwargs, "dim": -1} if "dim" in kwargs else kwargs
-    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+    with torch.no_grad():
         for rows in hidden.split(_rows_of_a_block(lazy.state.like)):
-            block = _evaluate(lazy.state, base, logits(rows))
+            with under(hidden.device, None):
+                block = logits(rows)
+            block = _evaluate(lazy.state, base, block)
             parts.append(func(block, *args[:at], *last, *args[at + 1 :], **named))
     return _joined(parts, tuple(lazy.shape[:-1]))
 
@@ -264,10 +280,11 @@ def _evaluate(state: State, base: State, block: Tensor) -> Tensor:
     op = state.op
     assert op is not None and state.base is not None
     value = _evaluate(state.base, base, block)
-    if op.name in ("softmax", "log_softmax"):
-        return getattr(torch, op.name)(value, -1)
-    args = (_evaluate(a, base, block) if isinstance(a, State) else a for a in op.args)
-    return op.func(value, *args, **dict(op.kwargs))
+    args = [_evaluate(a, base, block) if isinstance(a, State) else a for a in op.args]
+    with under(block.device, op.autocast):
+        if op.name in ("softmax", "log_softmax"):
+            return getattr(torch, op.name)(value, -1)
+        return op.func(value, *args, **dict(op.kwargs))
 
 
 def _joined(parts: list[Any], rows: tuple[int, ...]) -> Any:

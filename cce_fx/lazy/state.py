@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from ..passes.autocast import under
 from . import gathered
 from .functions import Op
 from .weights import Copies, Witness, keep_through_steps
@@ -37,12 +38,14 @@ class HeadChain:
         hidden: (..., D), an output of the compiled graph; with its autograd graph where the program has one.
         inputs: what else `run` takes: weight, bias, symbolic sizes.
         run: `run(hidden, *inputs)` gives the logits.
+        autocast: the dtype to which autocast casts in the program where `run` is from; None where it is off.
         outlives_steps: whether copies of the weights are taken before an optimizer's step changes them.
     """
 
     hidden: Tensor
     inputs: tuple[Any, ...]
     run: GraphModule
+    autocast: torch.dtype | None = None
     outlives_steps: bool = False
 
     @property
@@ -52,7 +55,7 @@ class HeadChain:
 
     def logits(self) -> Tensor:
         """The logits, a plain tensor."""
-        with torch.autocast(self.hidden.device.type, enabled=False):
+        with under(self.hidden.device, self.autocast):
             return owned(self.run(self.hidden, *self.inputs))
 
 
@@ -232,8 +235,9 @@ class State:
             assert self.chain is not None
             self.check_fresh()
             return self.chain.logits()
-        args = (source(a) if isinstance(a, State) else a for a in self.op.args)
-        return self.op.func(source(self.base), *args, **dict(self.op.kwargs))
+        args = [source(a) if isinstance(a, State) else a for a in (self.base, *self.op.args)]
+        with under(args[0].device, self.op.autocast):
+            return self.op.func(*args, **dict(self.op.kwargs))
 
     def _as_derived(self) -> Tensor:
         """The value as it was when something was derived from it."""

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.utils import swap_tensors
 
-from .._torch import DisableTorchFunctionSubclass, disable_dynamo, tree_iter, tree_map
+from .._torch import DisableTorchFunctionSubclass, FakeTensorMode, disable_dynamo, tree_iter, tree_map
+from ..passes.autocast import under
 from .functions import METADATA, Op
 from .state import HeadChain, State
 
@@ -242,6 +243,8 @@ def _bare(x: Any) -> Any:
 
 def _meta_run(chain: HeadChain) -> Tensor:
     """Shape, strides and dtype of a chain's result, from a run on the meta device."""
-    args = [x.to("meta") if isinstance(x, Tensor) else x for x in (chain.hidden.detach(), *chain.inputs)]
-    with torch.no_grad(), torch.autocast(chain.hidden.device.type, enabled=False):
-        return chain.run(*args)
+    mode = FakeTensorMode()
+    args = [mode.from_tensor(x) if isinstance(x, Tensor) else x for x in (chain.hidden.detach(), *chain.inputs)]
+    with mode, torch.no_grad(), under(chain.hidden.device, chain.autocast):
+        made = chain.run(*args)
+    return torch.empty_strided(made.shape, made.stride(), dtype=made.dtype, device="meta")
