@@ -73,7 +73,7 @@ def cce(
             compiled = watched(made, gm, cut.undo, written, anchors, inner)
         except Fault as fault:
             if isinstance(fault.__cause__, (RestartAnalysis, NoCompilerError)):
-                raise fault.__cause__ from None
+                raise fault.original() from None
             cut.undo.restore()
             compiled = _compile(inner, gm, example_inputs)  # what this raises is not ours
             report = failed(fault)

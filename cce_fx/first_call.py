@@ -51,7 +51,7 @@ def watched(
             run = compiled
         except Fault as fault:
             if isinstance(fault.__cause__, _THE_PROGRAMS) or not before.restored(args):
-                raise fault.__cause__ from None  # type: ignore[misc]
+                raise fault.original() from None
             undo.restore()
             # Compiled by Dynamo once more: outside the frame that captured the graph there are no symbols for its sizes.
             as_it_was = torch.compile(gm, backend=inner)

@@ -30,6 +30,13 @@ class Fault(Exception):
         self.stage: str = stage
         self.nodes: tuple[Node, ...] = tuple(nodes)
 
+    def original(self) -> BaseException:
+        """What was raised, to be raised again: the two are parted, or each would be the other's origin for ever."""
+        error = self.__cause__
+        assert error is not None
+        self.__cause__ = None
+        return error
+
 
 @contextlib.contextmanager
 def stage(name: str, *nodes: Node) -> Iterator[None]:
@@ -80,8 +87,8 @@ def _copied(graph: Graph) -> Graph:
 def failed(fault: Fault, graphs: int = 1) -> Report:
     """Warn of a fault, once, and report it as a decline of each loss that it is about."""
     error = fault.__cause__
-    if RAISED and error is not None:
-        raise error
+    if RAISED:
+        raise fault.original()
     what = f"{fault.stage}: {type(error).__name__}: {error}".splitlines()[0]
     declined = [Declined.of(Decline(Reason.INTERNAL, node, what)) for node in fault.nodes]
     places = ", ".join(f"{d.loss} ({d.source})" if d.source else d.loss for d in declined)

@@ -97,3 +97,14 @@ def assert_same_weights(ours: nn.Module, eager: nn.Module, rtol: float = 1e-4, a
     assert a.keys() == b.keys()
     for name in b:
         torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def tokenizer() -> Any:
+    """The least of a tokenizer: one word for each id."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCAB)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w1"
+    )
