@@ -33,7 +33,7 @@ def finish(partials: Partials, problem: Problem, masked: bool = True) -> Stats:
     # The difference first: lse - z_t would cancel the leading digits of two large numbers.
     nll = (p.max - p.target_logit) + log_sum
     lse = torch.where(p.max.isinf(), p.max, p.max + log_sum)  # as `torch.logsumexp`
-    smooth = p.smooth
+    smooth = p.smooth.to(nll.dtype)
     if problem.smooth:
         total = lse.double() if lse.dtype == torch.float64 else p.max.double() + log_sum.double()
         smooth = (total_weight(problem) * total - p.smooth.double()).to(nll.dtype)

@@ -194,8 +194,9 @@ def test_memory_timeline_draws_what_a_step_holds(tmp_path: Path, capsys: pytest.
 
 def test_filtered_program_measures_the_states_of_a_model(tmp_path: Path) -> None:
     """In the interpreter, which takes the GPU's place."""
-    hidden, weight = torch.randn(32, 8), torch.randn(600, 8) * torch.linspace(1.5, 0.1, 600)[:, None]
-    torch.save((hidden, weight, torch.randint(600, (32,))), tmp_path / "5-600-8.pt")
+    hidden, weight = torch.randn(32, 8), torch.randn(600, 8) / 8
+    hidden[:, 0], weight[:, 0] = 1.0, torch.where(torch.arange(600) % 40 == 0, 0.0, -9.0)  # fifteen classes that matter
+    torch.save((hidden, weight, torch.randint(15, (32,)) * 40), tmp_path / "5-600-8.pt")
     options = f"--device cpu --steps 5 --vocab 600 --width 8 --bounds 0.5 --rounds 1 --states {tmp_path}"
     command = [sys.executable, "-m", "benchmarks", "filtered", *options.split()]
     env = {**os.environ, "TRITON_INTERPRET": "1"}

@@ -134,6 +134,7 @@ def check(problem: Problem, grads: RowGrads, needs: Needs, kernel: Kernel, **how
                     else:
                         terms = stats_terms(problem, exact_stats, field, sharded=name == "partial")
                     assert_as_good(a, b, c, f"{name}: {field}", terms)
+        assert {t.dtype for t in got[0]} == {statistics_dtype(problem.hidden.dtype)}, name
         for g, of in zip(got[1] or (), (problem.hidden, problem.weight, problem.bias), strict=False):
             assert g is None or (g.dtype == of.dtype and g.is_contiguous())
 
