@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From per-row sums over the vocabulary to statistics, for one shard or several. Shared by every kernel."""
+"""From per-row sums over the vocabulary to statistics, for one shard or several.
+
+In come Partials, out go Partials of more columns (`combine`) or Stats of all (`finish`). `entry.py` calls it for portable and
+native, and the operators of a divided vocabulary for all three implementations.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows are computed, and with which coefficients their logits' gradients are made."""
+"""Which rows are computed, and with which coefficients their logits' gradients are made.
+
+In come a problem's targets and the loss's gradient row by row; out go `Rows` and `Coefficients`, which `entry.py` hands to the
+functions of an implementation.
+"""
 
 from __future__ import annotations
 
