@@ -13,7 +13,7 @@ COMMANDS = {
     "scale": "the head and its loss on one GPU of a large training run, by arithmetic",
     "report": "markdown tables and pictures from what peers, scaling and overhead wrote",
     "kernel": "the CPU kernel alone beside the bare matrix products",
-    "filtered": "the bounded filter on a trained model",
+    "filtered": "the bounded filter on a trained model, on a GPU",
     "step": "a whole training step of a Llama",
     "memory_timeline": "what holds memory over one training step, as a picture",
     "quality": "whether training goes as in eager",

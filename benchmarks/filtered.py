@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the bounded filter saves on a trained model, and what it costs: `python -m benchmarks filtered`.
+"""What the bounded filter saves on a trained model, and what it costs, on a GPU: `python -m benchmarks filtered`.
 
-The GPT of `examples/train_lm.py` is trained for some steps. On the hidden states of its next batch the kernel runs with
+The GPT of `examples/train_lm.py` is trained for some steps. On the hidden states of its next batch the Triton kernels run with
 several values of `filter_eps`, beside the bare matrix products; errors are Euclidean, of whole gradients, relative to the
-exact kernel's.
+exact kernel's. On a CPU there is no filter; with TRITON_INTERPRET=1 and `--device cpu` the errors can be had there, slowly.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch import Tensor
 from benchmarks.candidates import BARE
 from benchmarks.measure import interleaved, peak_bytes
 from benchmarks.tables import View, bytes_text, ratio, time_text
-from cce_fx.kernels import tiled
-from cce_fx.kernels.dropped import Dropped
+from cce_fx.kernels.choose import on_gpu
 from cce_fx.kernels.spec import Grads, Needs, Problem, RowGrads
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
@@ -59,17 +58,19 @@ def error(found: Tensor, exact: Tensor) -> str:
 
 
 def measure(problem: Problem, bounds: list[float], rounds: int) -> View:
-    n = problem.hidden.shape[0]
-    rows = RowGrads(torch.full((n,), 1 / n))
+    from cce_fx.kernels import triton
 
-    def call(eps: float | None, report: list[Dropped] | None = None) -> tuple[float, Grads]:
-        stats, grads = tiled.forward_backward(replace(problem, filter_eps=eps), rows, _NEEDS, report=report)
+    n, device = problem.hidden.shape[0], problem.hidden.device
+    rows = RowGrads(torch.full((n,), 1 / n, device=device))
+
+    def call(eps: float | None, report: list[triton.Filter] | None = None) -> tuple[float, Grads]:
+        stats, grads = triton.forward_backward(replace(problem, filter_eps=eps), rows, _NEEDS, report=report)
         return float(stats.nll.mean()), grads
 
     loss, exact = call(None)
     lines: dict[str, tuple[str, ...]] = {"exact": ("0", "0", "0", "0")}
     for eps in bounds:
-        report: list[Dropped] = []
+        report: list[triton.Filter] = []
         _, found = call(eps, report)
         lost = report[0].rows * n
         lines[f"filter_eps={eps}"] = (
@@ -84,14 +85,14 @@ def measure(problem: Problem, bounds: list[float], rounds: int) -> View:
     }
     runs |= {f"filter_eps={eps}": partial(call, eps) for eps in bounds}
     grads = problem.hidden.nbytes + problem.weight.nbytes
-    extra = {name: bytes_text(peak_bytes(runs[name]) - grads) for name in lines}
-    times = interleaved(runs, rounds)
+    extra = {name: bytes_text(peak_bytes(runs[name], device.type) - grads) for name in lines}
+    times = interleaved(runs, rounds, device.type)
     table = [
         (name, time_text(found), ratio(found, times[bare.name]), extra.get(name, ""), *lines.get(name, ("",) * 4))
         for name, found in times.items()
     ]
     (_, d), v = problem.hidden.shape, problem.weight.shape[0]
-    title = f"N={n}, D={d}, V={v}, float32, loss {loss:.2f}, {torch.get_num_threads()} threads"
+    title = f"N={n}, D={d}, V={v}, float32, loss {loss:.2f}, {device}"
     columns = ("", "time", f"/ {bare.name}", "extra memory", "error of d_hidden", "error of d_weight",
                "most that a row lost", "mean")  # fmt: skip
     return View(title, columns, tuple((*line[:2], f"{line[2]:.3f}", *line[3:]) for line in table))
@@ -104,6 +105,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=[300], help="of training; one table for each")
     parser.add_argument("--bounds", type=float, nargs="+", default=[0.05, 0.1, 0.15, 0.2])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda")
     parser.add_argument("--vocab", type=int, default=32000)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--batch", type=int, default=8)
@@ -114,6 +116,8 @@ def main(arguments: list[str]) -> None:
         "--states", type=Path, help="folder where trained states are kept, so that a run can be repeated"
     )
     args = parser.parse_args(arguments)
+    if not on_gpu(torch.device(args.device)):
+        raise SystemExit(f"the filter is one of the Triton kernels, which do not run on {args.device}")
     workspace = None if args.workspace is None else int(args.workspace * 2**20)
     for steps in args.steps:
         kept = args.states and args.states / f"{steps}-{args.vocab}-{args.width}.pt"
@@ -124,6 +128,10 @@ def main(arguments: list[str]) -> None:
             if kept:
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 torch.save((hidden, weight, target), kept)
-        view = measure(Problem(hidden, weight, None, target, workspace=workspace), args.bounds, args.rounds)
+        view = measure(
+            Problem(*(t.to(args.device) for t in (hidden, weight)), None, target.to(args.device), workspace=workspace),
+            args.bounds,
+            args.rounds,
+        )
         Console(width=180).print(f"after {steps} steps", view.rich())
         print(view.markdown())

@@ -21,9 +21,9 @@ from benchmarks.candidates import BARE, inputs
 from benchmarks.measure import interleaved, peak_bytes
 from benchmarks.peers import shapes
 from benchmarks.tables import View, bytes_text, ratio, time_text
-from cce_fx.kernels import tiled
+from cce_fx.kernels import portable
+from cce_fx.kernels.choose import choose, prepare
 from cce_fx.kernels.native import build
-from cce_fx.kernels.native.fused import prepare
 from cce_fx.kernels.spec import Needs, Problem, RowGrads
 
 FLOOR, GEMM = (bare.name for bare in BARE)
@@ -34,13 +34,14 @@ def runs_of(problem: Problem, names: list[str]) -> dict[str, tuple[Callable[[], 
     h, w, t = problem.hidden, problem.weight, problem.target
     n, needs = h.shape[0], Needs()
     rows = RowGrads(torch.full((n,), 1 / n, dtype=torch.float64 if h.dtype == torch.float64 else torch.float32))
-    grads = h.nbytes + w.nbytes
+    grads, kernel = h.nbytes + w.nbytes, choose(problem)
     half = replace(problem, target=t.where(torch.arange(n) % 2 == 0, -100))
     made: dict[str, tuple[Callable[[], object], int]] = {
-        "tiled": (lambda: tiled.forward_backward(problem, rows, needs), grads),
-        "ignored": (lambda: tiled.forward_backward(half, rows, needs), grads),  # every other row
-        "forward": (lambda: tiled.forward(problem), 0),
-        "recompute": (lambda: tiled.backward(problem, tiled.forward(problem).norm, rows, needs), grads),
+        "kernel": (lambda: kernel.forward_backward(problem, rows, needs), grads),
+        "ignored": (lambda: kernel.forward_backward(half, rows, needs), grads),  # every other row
+        "forward": (lambda: kernel.forward(problem), 0),
+        "portable": (lambda: portable.forward_backward(problem, rows, needs), grads),
+        "recompute": (lambda: kernel.backward(problem, kernel.forward(problem).norm, rows, needs), grads),
     }
     for bare in BARE:
         if bare.name in names:
@@ -53,7 +54,7 @@ def main(arguments: list[str]) -> None:
         "python -m benchmarks kernel", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--shapes", default="small,4096:1024:50257", help="as of peers")
-    parser.add_argument("--runs", default=f"{FLOOR},{GEMM},tiled,forward,ignored,recompute")
+    parser.add_argument("--runs", default=f"{FLOOR},{GEMM},kernel,forward,ignored,recompute,portable")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--workspace", type=float, help="MiB; default: the kernel's")
@@ -65,7 +66,7 @@ def main(arguments: list[str]) -> None:
         torch._inductor.config.cpp.simdlen = 256  # of inductor's own flags, which would bring it back
         build.FLAGS = (*build.FLAGS, "-mno-avx512f")
     workspace = None if args.workspace is None else int(args.workspace * 2**20)
-    prepare(getattr(torch, args.dtype))
+    prepare(getattr(torch, args.dtype), torch.device("cpu"))
     for name, sizes in shapes(args.shapes).items():
         hidden, weight, target = inputs(*sizes, getattr(torch, args.dtype))
         problem = Problem(hidden.detach(), weight.detach(), None, target, workspace=workspace)

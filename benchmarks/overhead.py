@@ -93,7 +93,7 @@ def _empty_grads(p: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grad
 def no_kernel() -> Iterator[None]:
     """Results that nobody computed in the place of the kernel's."""
     kernel = SimpleNamespace(forward=_empty_stats, forward_backward=_empty_grads)
-    with mock.patch.object(op, "kernel", lambda device: kernel):
+    with mock.patch.object(op, "choose", lambda problem: kernel):
         yield
 
 

@@ -29,7 +29,7 @@ from rich.console import Console
 
 import cce_fx
 from benchmarks.tables import View
-from cce_fx.functional import default_workspace
+from cce_fx.functional import Sizes, workspace
 from cce_fx.kernels.triton.machines import MACHINES, Machine
 from cce_fx.passes.memory import NAMES
 
@@ -139,8 +139,8 @@ def held(head: Head, layout: Layout, dtype: torch.dtype = torch.bfloat16, device
         sizes = {"N": rows, "D": head.width, "V": v * layout.tensor}
         saved, needed = expressions(tensor, sequence, dtype)
         if device != "cpu":  # which the tensors of the expressions were on
-            scratch = default_workspace(n, head.width, v, dtype, torch.device(device), max, min)
-            needed = needed.replace(NAMES["CpuWorkspace"], lambda *_: sympy.Integer(scratch))
+            scratch = workspace(Sizes(dtype, n, v, head.width), torch.device(device), again=False)
+            needed = needed.replace(NAMES["Workspace"], lambda *_: sympy.Integer(scratch))
         saved, needed = (int(e.subs({s: sizes[s.name] for s in e.free_symbols})) for e in (saved, needed))
         return saved, needed
 

@@ -139,7 +139,6 @@ ELSEWHERE: dict[tuple[str, str], str] = {
         "kernels/native/build.py",
         "torch._inductor.codecache.CppCodeCache",
     ): "compiles C++ with inductor's flags, into its cache",
-    ("kernels/halves.py", "at::native::cpublas::brgemm"): "bfloat16 products summed up in float32, from libtorch_cpu",
     ("kernels/triton/rows.py", "torch._assert_async"): "an out-of-range target on a GPU, without waiting for it",
 }
 

@@ -14,11 +14,12 @@ from typing import Any, Literal, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
-from .kernels import halves, plan
+from .kernels.choose import prepare as prepare
+from .kernels.choose import workspace as workspace
 from .kernels.combine import statistics_dtype
 from .kernels.spec import Epilogue, Needs
-from .op import DTYPES as DTYPES
-from .op import gpu_kernels  # importing it registers the operators
+from .kernels.spec import Sizes as Sizes
+from .op import DTYPES as DTYPES  # importing it registers the operators
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -208,9 +209,9 @@ def linear_cross_entropy(
         strategy: "grads_in_forward" makes the gradients while the tiles of logits are at hand (scalar reductions);
             "recompute" makes the tiles again in the backward; "auto" chooses.
         workspace: bytes the kernel may hold beyond its results; None is the kernel's default.
-        filter_eps: None is exact; otherwise the largest part of a row's softmax that the gradients may replace by an
-            estimate, in [0, 1): classes that carry less in a block of rows are left out of their products. "auto" keeps
-            the bound on the error below the rounding of the dtype. Where the logits are made again it may go unused.
+        filter_eps: None is exact; otherwise the largest part of a row's softmax that gradients may leave out, in [0, 1):
+            tiles of classes that carry less are not multiplied. "auto" keeps the bound on the error below the rounding
+            of the dtype. For GPUs; on a CPU gradients are exact whatever it is.
 
     Returns:
         float32 (float64 for float64 inputs): () for "mean" and "sum", the shape of target for "none".
@@ -282,64 +283,6 @@ def makes_grads_in_forward(strategy: str, reduction: str, dtype: torch.dtype) ->
     if reduction == "none" or strategy == "recompute":
         return False
     return strategy == "grads_in_forward" or dtype != torch.float16
-
-
-def default_workspace(
-    rows: Any, width: Any, classes: Any, dtype: torch.dtype, device: torch.device, largest: Any, smallest: Any
-) -> Any:
-    """Bytes that the kernel of a device may hold beyond its results where nobody says how many.
-
-    Sizes may be symbols; `largest` and `smallest` of two are then the library's own.
-    """
-    if gpu_kernels(device):
-        from .kernels.triton.cost import default_scratch
-
-        return default_scratch(rows, width, classes, dtype.itemsize, largest, smallest)
-    return plan.default_workspace(rows, classes, statistics_dtype(dtype).itemsize, largest, smallest)
-
-
-def of_workspace(size: Any, rows: Any, width: Any, classes: Any, dtype: torch.dtype, again: bool, smallest: Any) -> Any:
-    """Bytes that tiles take of a workspace of `size`: at most the logits of all rows and what they are made from.
-
-    A backward that makes the logits `again` also adds up its gradients there, where they are rounded at the end. Sizes may be
-    symbols; the `smallest` of two is then the library's own.
-    """
-    exact = statistics_dtype(dtype).itemsize
-    converted = 0 if dtype.itemsize == exact else (2 if again else 1) * exact * (rows + classes) * width
-    return smallest(size, exact * rows * classes + converted)
-
-
-def prepare(dtype: torch.dtype, device: torch.device) -> None:
-    """Have a CPU's kernel compiled in the background, while a program with a loss in `dtype` is."""
-    if device.type == "cpu" and not gpu_kernels(device) and not halves.preferred(dtype):
-        from .kernels.native.fused import prepare
-
-        prepare(dtype)
-
-
-def workspace_on_cpu(
-    rows: int, width: int, classes: int, dtype: torch.dtype, workspace: int | None, loss: LossSpec, filtered: bool,
-    grads: tuple[bool, bool, bool], again: bool,
-) -> int:  # fmt: skip
-    """Bytes of the workspace that a loss takes on a CPU of this machine: of hidden (rows, width) and `classes`.
-
-    `grads` of hidden, weight and bias are made; `again`, in a backward that makes the logits again.
-    """
-    from .kernels import fused
-    from .kernels.native.steps import Sizes
-
-    exact = statistics_dtype(dtype).itemsize
-    largest = plan.default_workspace(rows, classes, exact, fused=True) if workspace is None else workspace
-    smooth = loss.label_smoothing > 0
-    sizes = Sizes(
-        dtype, rows, classes, width, loss.epilogue.softcap is not None, smooth, smooth, *grads,
-        filtered and dtype == torch.float32, min(torch.get_num_threads(), fused.MOST_THREADS), largest // exact,
-    )  # fmt: skip
-    found = fused.needed(sizes, again=again)
-    if found is not None:
-        return found
-    largest = plan.default_workspace(rows, classes, exact) if workspace is None else workspace
-    return of_workspace(largest, rows, width, classes, dtype, again, min)
 
 
 def _check_tensors(**tensors: Tensor | None) -> None:

@@ -17,12 +17,8 @@ them: see `cce_fx.functional`. Source: Cut Cross-Entropy, arXiv 2411.09009; the 
 from __future__ import annotations
 
 import contextlib
-import functools
-import importlib
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -39,6 +35,7 @@ from ._torch import (
 )
 from ._torch import check as check_condition
 from .kernels.argmax import argmax
+from .kernels.choose import choose
 from .kernels.combine import statistics_dtype
 from .kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads
 
@@ -53,18 +50,6 @@ _LIBRARY = torch.library.Library("cce", "FRAGMENT")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def gpu_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device."""
-    # With TRITON_INTERPRET=1 triton runs the GPU's kernels on CPU tensors, for tests and debugging.
-    gpu = device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
-    return gpu and importlib.util.find_spec("triton") is not None
-
-
-def kernel(device: torch.device) -> ModuleType:
-    return _module("triton" if gpu_kernels(device) else "tiled")
-
-
-_module = functools.cache(lambda name: importlib.import_module(f".kernels.{name}", __package__))
 _NO_RANGE = contextlib.nullcontext()
 
 
@@ -192,7 +177,7 @@ def _stats(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[n
     check(hidden, weight, bias, target, class_weight)
     problem = problem_of(hidden, weight, bias, target, class_weight, *rest)
     with _range("forward", problem):
-        return tuple(kernel(hidden.device).forward(problem))
+        return tuple(choose(problem).forward(problem))
 
 
 def _stats_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
@@ -215,7 +200,7 @@ def _stats_grads(*args):  # type: ignore[no-untyped-def]
     highest, sumexp, grad_nll, grad_lse, grad_smooth, *needs = args[HEAD_ARGS:]
     rows = RowGrads(torch.zeros_like(highest) if grad_nll is None else grad_nll, grad_lse, grad_smooth)
     with _range("backward", problem):
-        grads = kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, Needs(*needs))
+        grads = choose(problem).backward(problem, Norm(highest, sumexp), rows, Needs(*needs))
     return some(grads, problem.hidden)
 
 
@@ -286,7 +271,7 @@ def _sum(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-
     problem = problem_of(hidden, weight, bias, target, class_weight, *head)
     weights = RowGrads(w_nll, w_lse, w_smooth)
     with _range("forward_backward", problem):
-        stats, grads = kernel(hidden.device).forward_backward(problem, weights, Needs(*needs))
+        stats, grads = choose(problem).forward_backward(problem, weights, Needs(*needs))
     total = torch.dot(w_nll, stats.nll)
     for given, values in ((w_lse, stats.lse), (w_smooth, stats.smooth)):
         if given is not None:

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From per-row sums over the vocabulary to statistics, for one shard or several. Shared by every kernel."""
+"""From per-row sums over the vocabulary to statistics, for one shard or several.
+
+In come Partials, out go Partials of more columns (`combine`) or Stats of all (`finish`). `entry.py` calls it for portable and
+native, and the operators of a divided vocabulary for all three implementations.
+"""
 
 from __future__ import annotations
 
@@ -26,23 +30,19 @@ def combine(parts: list[Partials]) -> Partials:
     return Partials(highest, sumexp, target_logit, smooth)
 
 
-def finish(partials: Partials, problem: Problem) -> Stats:
-    """Stats (N,) of `problem` from its sums over the whole vocabulary."""
+def finish(partials: Partials, problem: Problem, masked: bool = True) -> Stats:
+    """Stats (N,) of `problem` from its sums over the whole vocabulary; `masked` unless no row is ignored."""
     p = partials
     log_sum = p.sumexp.log()
     # The difference first: lse - z_t would cancel the leading digits of two large numbers.
     nll = (p.max - p.target_logit) + log_sum
-    lse = log_sum_exp(p.max, log_sum)
-    smooth = p.smooth
+    lse = torch.where(p.max.isinf(), p.max, p.max + log_sum)  # as `torch.logsumexp`
+    smooth = p.smooth.to(nll.dtype)
     if problem.smooth:
         total = lse.double() if lse.dtype == torch.float64 else p.max.double() + log_sum.double()
         smooth = (total_weight(problem) * total - p.smooth.double()).to(nll.dtype)
-    return mask_ignored(Stats(nll, lse, smooth, p.max, p.sumexp), problem)
-
-
-def log_sum_exp(highest: Tensor, log_sum: Tensor) -> Tensor:
-    """max + log(sumexp) (N,), which is the maximum itself where that is infinite, as in `torch.logsumexp`."""
-    return torch.where(highest.isinf(), highest, highest + log_sum)
+    stats = Stats(nll, lse, smooth, p.max, p.sumexp)
+    return _mask_ignored(stats, problem) if masked else stats
 
 
 def finite(highest: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def finite(highest: Tensor) -> Tensor:
     return highest.masked_fill(highest == -torch.inf, 0)
 
 
-def mask_ignored(stats: Stats, problem: Problem) -> Stats:
+def _mask_ignored(stats: Stats, problem: Problem) -> Stats:
     """Stats with zeros for ignored rows (their lse, max and sumexp only where Problem.skip_ignored)."""
     if problem.ignore_index is None:
         return stats

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a filter left out of the gradients, and the bound on the error that follows from it."""
+"""What a filter left out of the gradients, and the bound on the error that follows from it.
+
+In come the sums of what was left out, which triton/filtering.py makes; out go bounds for each row of the gradients.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The dense fp64 answer that every kernel is compared with. For tests only: it builds the (N, V) logits."""
+"""The dense float64 answer that every kernel is compared with.
+
+In comes a `Problem`, out go statistics and gradients of the whole (N, V) logits, by autograd. For tests only, which begin in
+tests/kernels/contract.py.
+"""
 
 from __future__ import annotations
 

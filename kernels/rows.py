@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which rows are computed, and with which coefficients their logits' gradients are made."""
+"""Which rows are computed, and with which coefficients their logits' gradients are made.
+
+In come a problem's targets and the loss's gradient row by row; out go `Rows` and `Coefficients`, which `entry.py` hands to the
+functions of an implementation.
+"""
 
 from __future__ import annotations
 
@@ -28,10 +32,6 @@ class Rows:
         """Rows start..stop of (N, ...) `values`: a view where all rows are computed, else a copy."""
         return values[start:stop] if self.index is None else values.index_select(0, self.index[start:stop])
 
-    def numbers(self, start: int, stop: int) -> slice | Tensor:
-        """The numbers of rows start..stop among the N rows."""
-        return slice(start, stop) if self.index is None else self.index[start:stop]
-
     def put(self, out: Tensor, start: int, stop: int, values: Tensor) -> None:
         """Write rows start..stop of (N, ...) `out`; nothing to do for a view that `place` gave."""
         if self.index is not None:
@@ -44,11 +44,6 @@ class Rows:
         if self.index is None and out.dtype == dtype:
             return out[start:stop]
         return out.new_empty((stop - start, out.shape[1]), dtype=dtype)
-
-    def clear_skipped(self, out: Tensor | None) -> None:
-        """Zero the rows of (N, ...) `out` that are not computed."""
-        if out is not None and self.skipped is not None:
-            out.index_fill_(0, self.skipped, 0)
 
 
 def select(problem: Problem, every: bool = False) -> Rows:

@@ -1,12 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What every kernel is handed and what it returns.
+"""The contract: what a kernel is handed, what it returns, and the maths in between.
 
-A kernel module (`reference`, `tiled`, `triton`) exposes
-
-    partial(problem) -> Partials                                       one sweep over the vocabulary
-    forward(problem) -> Stats                                          partial + finish
-    backward(problem, norm, grads, needs) -> Grads                     recomputes the logits tile by tile
-    forward_backward(problem, grads, needs) -> (Stats, Grads)          both while each tile is at hand
+In comes a `Problem`, one language-model head with its targets; out go statistics of its rows and gradients. `choose.py` says
+which of three implementations serves it: `portable/` (torch operations), `native/` (compiled for a CPU) or `triton/` (GPUs).
 
 The maths, for row i with logits z_i = epilogue(W h_i + b) and target t_i (Cut Cross-Entropy, arXiv 2411.09009, section 3):
 
@@ -16,15 +12,16 @@ The maths, for row i with logits z_i = epilogue(W h_i + b) and target t_i (Cut C
 
     dz_ic    = p_ic (g_nll + g_lse + g_smooth sum(w)) - g_nll [c = t_i] - g_smooth w_c
 
-from which dW, dh and db follow by the epilogue's derivative and the two GEMMs. Reductions, label smoothing, class
+from which dW, dh and db follow by the epilogue's derivative and the two products. Reductions, label smoothing, class
 weights and z-loss are all sums of these three per-row quantities, formed outside.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -122,3 +119,41 @@ class Grads(NamedTuple):
     hidden: Tensor | None  # (N, D)
     weight: Tensor | None  # (V, D), contiguous
     bias: Tensor | None  # (V,)
+
+
+class Kernel(Protocol):
+    """What each of the three folders exports.
+
+    Statistics are in float32 (float64 for float64 inputs), gradients in the dtypes of the inputs. ValueError for a
+    workspace that is not positive, and for a shard where the whole vocabulary is needed; IndexError on a CPU for a target
+    that is neither a class nor ignore_index.
+    """
+
+    def partial(self, problem: Problem) -> Partials:
+        """Sums of each row over the columns of this shard."""
+
+    def forward(self, problem: Problem) -> Stats:
+        """Statistics over the whole vocabulary: `partial` and `combine.finish`."""
+
+    def backward(self, problem: Problem, norm: Norm, grads: RowGrads, needs: Needs) -> Grads:
+        """Gradients from the norm, which is of the whole vocabulary; logits are made again, tile by tile."""
+
+    def forward_backward(self, problem: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
+        """Statistics, and the gradients of sum(grads * statistics), both while a tile of logits is at hand."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a kernel's use of memory depends on."""
+
+    dtype: torch.dtype
+    rows: int
+    classes: int
+    width: int  # D
+    capped: bool = False
+    smooth: bool = False  # whether sums of w z are wanted
+    uniform: bool = False  # whether these have a gradient
+    hidden: bool = False  # gradients that are wanted
+    weight: bool = False
+    bias: bool = False
+    workspace: int | None = None  # bytes; None is the kernel's default

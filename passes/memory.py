@@ -11,15 +11,7 @@ from typing import TYPE_CHECKING, Any
 import sympy
 import torch
 
-from ..functional import (
-    Epilogue,
-    LossSpec,
-    default_workspace,
-    gpu_kernels,
-    of_workspace,
-    statistics_dtype,
-    workspace_on_cpu,
-)
+from ..functional import Sizes, statistics_dtype, workspace
 from .sharded import division, has_divided_classes
 from .values import Candidate, Operand, value_of
 
@@ -86,47 +78,39 @@ def _is_cast(operand: Operand, dtype: torch.dtype) -> bool:
 
 
 def _workspace(candidate: Candidate, again: bool, grads: list[bool], policy: Policy) -> sympy.Expr:
-    """What the kernel takes of its workspace: never more than the logits of all rows and what they are made from."""
-    view = candidate.view
+    """What the kernel takes of its workspace."""
+    view, smooth = candidate.view, candidate.loss.label_smoothing > 0
     device = value_of(view.hidden.node).device
-    if device.type == "cpu" and not gpu_kernels(device):
-        flags = (*grads, *[False] * (3 - len(grads)), again, view.epilogue.softcap is not None,
-                 candidate.loss.label_smoothing > 0, policy.filter_eps is not None)  # fmt: skip
-        options = sum(flag << bit for bit, flag in enumerate(flags))
-        return _CpuWorkspace(N, D, V, _DTYPES.index(view.dtype), options, policy.workspace or 0)
-    size = policy.workspace
-    if size is None:
-        size = default_workspace(N, D, V, view.dtype, device, largest=sympy.Max, smallest=sympy.Min)
-    return of_workspace(size, N, D, V, view.dtype, again, sympy.Min)
+    flags = (view.epilogue.softcap is not None, smooth, smooth, *grads, *[False] * (3 - len(grads)), again)
+    options = sum(flag << bit for bit, flag in enumerate(flags))
+    where = _DEVICES.index(device.type) if device.type in _DEVICES else len(_DEVICES)
+    return _Workspace(N, D, V, _DTYPES.index(view.dtype), where, options, policy.workspace or 0)
 
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DEVICES = ("cpu", "cuda")  # and others, which are alike
 
 
-class _CpuWorkspace(sympy.Function):
-    """What a loss of N rows, a hidden size D and V classes takes of the workspace on a CPU, as its kernel plans it.
+class _Workspace(sympy.Function):
+    """Bytes that a loss of N rows, a hidden size D and V classes takes of the workspace, as its kernel plans it.
 
-    The other arguments: the number of the dtype in `_DTYPES`; flags, bit by bit, whether gradients of hidden, weight and bias are
-    made, whether the logits are made again for them, whether there are a cap, label smoothing and a filter; and the bytes
-    that the user allows, or 0.
+    The other arguments: the numbers of the dtype in `_DTYPES` and of the kind of device in `_DEVICES`; flags, bit by bit,
+    those of `Sizes` and whether the logits are made again for gradients; and the bytes that the user allows, or 0.
     """
 
     @classmethod
     def eval(cls, *arguments: sympy.Expr) -> sympy.Expr | None:
         if not all(a.is_number for a in arguments):
             return None
-        rows, width, classes, dtype, options, workspace = (int(sympy.ceiling(a)) for a in arguments)
-        *grads, again, capped, smooth, filtered = (bool(options >> bit & 1) for bit in range(7))
-        loss = LossSpec(label_smoothing=0.1 * smooth, epilogue=Epilogue(softcap=1.0 if capped else None))
-        made = workspace_on_cpu(
-            rows, width, classes, _DTYPES[dtype], workspace or None, loss, filtered, tuple(grads), again
-        )
-        return sympy.Integer(made)
+        rows, width, classes, dtype, device, options, allowed = (int(sympy.ceiling(a)) for a in arguments)
+        *flags, again = (bool(options >> bit & 1) for bit in range(7))
+        sizes = Sizes(_DTYPES[dtype], rows, classes, width, *flags, allowed or None)
+        return sympy.Integer(workspace(sizes, torch.device((*_DEVICES, "meta")[device]), again))
 
 
-_CpuWorkspace.__name__ = "CpuWorkspace"  # as expressions show it
+_Workspace.__name__ = "Workspace"  # as expressions show it
 # The names in expressions that are read again.
-NAMES: dict[str, Any] = {"N": N, "D": D, "V": V, "CpuWorkspace": _CpuWorkspace}
+NAMES: dict[str, Any] = {"N": N, "D": D, "V": V, "Workspace": _Workspace}
 
 
 def largest_rows(needed: sympy.Expr, memory: int) -> int:

@@ -4,13 +4,18 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import candidates, measure, peers, report, scale, scaling, store
+from benchmarks import candidates, curves, measure, peers, report, scale, store
 from benchmarks.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_gpu_program_compares_what_runs_here_and_names_the_rest(
@@ -46,9 +51,9 @@ def test_an_unknown_command_is_named_with_those_there_are() -> None:
 
 
 def test_kernel_program_prints_ratios(capsys: pytest.CaptureFixture[str]) -> None:
-    main("kernel --shapes 64:16:500 --rounds 1 --runs".split() + ["three products,tiled,ignored"])
+    main("kernel --shapes 64:16:500 --rounds 1 --runs".split() + ["three products,kernel,ignored,portable"])
     out = capsys.readouterr().out
-    assert "three products" in out and "ignored" in out
+    assert all(name in out for name in ("three products", "kernel", "ignored", "portable"))
 
 
 def test_peers_are_compared_recorded_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -97,12 +102,12 @@ def test_scaling_program_fits_slopes(tmp_path: Path, capsys: pytest.CaptureFixtu
     only = ["--only", "one product,eager", "--png", str(tmp_path / "a.png")]
     main([*f"scaling --n 64,128 --v 500,1000 --n-fixed 64 --v-fixed 500 --d 8 --rounds 1 --json {path}".split(), *only])
     rows = store.read(path)[2]
-    assert 0.9 < scaling.slope(scaling.curve(rows, "n", "eager", "memory")) < 1.1
+    assert 0.9 < curves.slope(curves.curve(rows, "n", "eager", "memory")) < 1.1
     assert "Slopes" in capsys.readouterr().out and (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_slope_of_a_power() -> None:
-    assert scaling.slope([(x, 3 * x**1.5) for x in (1.0, 2.0, 8.0)]) == pytest.approx(1.5)
+    assert curves.slope([(x, 3 * x**1.5) for x in (1.0, 2.0, 8.0)]) == pytest.approx(1.5)
 
 
 def test_overhead_program_tells_the_parts_apart(tmp_path: Path) -> None:
@@ -187,12 +192,22 @@ def test_memory_timeline_draws_what_a_step_holds(tmp_path: Path, capsys: pytest.
     assert "cce: at most" in capsys.readouterr().out
 
 
-def test_filtered_program_trains_and_measures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    hidden, weight = torch.randn(256, 8), torch.randn(3000, 8) * torch.linspace(1.5, 0.1, 3000)[:, None]
-    torch.save((hidden, weight, torch.randint(3000, (256,))), tmp_path / "5-3000-8.pt")
-    main(f"filtered --steps 5 --vocab 3000 --width 8 --bounds 0.2 --workspace 8 --rounds 1 --states {tmp_path}".split())
-    lines = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| filter_eps=0.2")]
-    assert len(lines) == 1 and 0 < float(lines[0][5]) < 0.2 and 0 < float(lines[0][7]) <= 0.2
+def test_filtered_program_measures_the_states_of_a_model(tmp_path: Path) -> None:
+    """In the interpreter, which takes the GPU's place."""
+    hidden, weight = torch.randn(32, 8), torch.randn(600, 8) / 8
+    hidden[:, 0], weight[:, 0] = 1.0, torch.where(torch.arange(600) % 40 == 0, 0.0, -9.0)  # fifteen classes that matter
+    torch.save((hidden, weight, torch.randint(15, (32,)) * 40), tmp_path / "5-600-8.pt")
+    options = f"--device cpu --steps 5 --vocab 600 --width 8 --bounds 0.5 --rounds 1 --states {tmp_path}"
+    command = [sys.executable, "-m", "benchmarks", "filtered", *options.split()]
+    env = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT, check=True)
+    lines = [line.split("|") for line in done.stdout.splitlines() if line.startswith("| filter_eps=0.5")]
+    assert len(lines) == 1 and 0 <= float(lines[0][5]) < 0.5 and 0 < float(lines[0][7]) <= 0.5
+
+
+def test_filtered_program_says_that_a_cpu_has_no_filter() -> None:
+    with pytest.raises(SystemExit, match="do not run on cpu"):
+        main("filtered --device cpu".split())
 
 
 def test_each_peer_has_tensors_of_its_own() -> None:

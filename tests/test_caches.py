@@ -125,8 +125,8 @@ def test_reset_compiles_again_and_gives_the_same() -> None:
     [
         "cce_fx/_version.py",
         "passes/rules/loss.py",
-        "kernels/tiled.py",
-        "kernels/native/fused.cpp",
+        "kernels/portable/tiles.py",
+        "kernels/native/steps.cpp",
         "kernels/native/head.h",
     ],
 )

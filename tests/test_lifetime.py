@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 
 import cce_fx
 from benchmarks.measure import allocations
-from cce_fx import LazyLogits
-from cce_fx.kernels import block, sweeps, whole
-from cce_fx.kernels.native import fused as native
+from cce_fx import LazyLogits, op
+from cce_fx.kernels import native, portable
+from cce_fx.kernels.native import run as native_run
+from cce_fx.kernels.portable import tiles
 
 ROWS, D, V = 24, 8, 1100
 
@@ -192,25 +194,8 @@ def test_fork_and_spawn(tmp_path: Path) -> None:
     assert done.returncode == 0 and "agreed" in done.stdout and "LazyLogits" in done.stdout, done.stderr
 
 
-def interrupted(monkeypatch: pytest.MonkeyPatch, owner: Any, names: list[str], call: int) -> None:
-    """Let the `call`th of the functions of a kernel be where Ctrl-C arrives."""
-    count = [0]
-
-    def stopping(original: Callable[..., Any]) -> Callable[..., Any]:
-        def function(*args: Any) -> Any:
-            count[0] += 1
-            if count[0] == call:
-                signal.raise_signal(signal.SIGINT)
-            return original(*args)
-
-        return function
-
-    for name in names:
-        monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
-
-
 @pytest.mark.parametrize("call", [1, 2])
-@pytest.mark.parametrize("where", ["compiled", "held", "recompute"])
+@pytest.mark.parametrize("where", ["native", "portable", "recompute"])
 def test_an_interrupt_inside_the_kernel(
     monkeypatch: pytest.MonkeyPatch, no_gc: None, ctrl_c: None, where: str, call: int
 ) -> None:
@@ -219,27 +204,41 @@ def test_an_interrupt_inside_the_kernel(
     y = torch.randint(V, (ROWS,), generator=gen)
     workspace = 1 << 16 if where == "recompute" else None  # a tile at a time, or all of it
     strategy = "recompute" if where == "recompute" else "grads_in_forward"
-    code = native.compiled(torch.float32) if where == "compiled" else None
-    if where == "compiled" and code is None:
+    code = native.compiled(torch.float32)
+    if where == "native" and code is None:
         pytest.skip("no compiled code for this processor")
-    monkeypatch.setattr(native, "_prepared", set() if code is None else {torch.float32})
-    monkeypatch.setattr(whole, "LARGEST", 0)  # in tiles, as large problems are
+    monkeypatch.setattr(op, "choose", lambda problem: native if where == "native" else portable)
+    count = [0]
+
+    def stopping(original: Callable[..., Any]) -> Callable[..., Any]:
+        """Let the `call`th of the calls inside the kernel be where Ctrl-C arrives."""
+
+        def function(*args: Any) -> Any:
+            count[0] += 1
+            if count[0] == call:
+                signal.raise_signal(signal.SIGINT)
+            return original(*args)
+
+        return function
 
     def step() -> list[Tensor]:
         loss = cce_fx.linear_cross_entropy(h, w, y, strategy=strategy, workspace=workspace)  # type: ignore[arg-type]
         return [loss.detach(), *torch.autograd.grad(loss, (h, w))]
 
-    expected, before = step(), tensors_alive()
+    def steps() -> list[Tensor]:
+        return step() + step()  # the compiled code is called once for each
+
+    expected, before = steps(), tensors_alive()
     with monkeypatch.context() as patch:
-        if code is None:
-            interrupted(patch, block if where == "held" else sweeps, ["accumulate"], call)
+        if where == "native":
+            patch.setattr(native_run, "compiled", lambda dtype: SimpleNamespace(run=stopping(code.run)))
         else:
-            interrupted(patch, code, ["sums", "tiles"], call)
+            patch.setattr(tiles, "_add_product", stopping(tiles._add_product))
         with pytest.raises(KeyboardInterrupt):
-            step()
+            steps()
     gc.collect()  # the traceback of the interrupt holds frames
     assert tensors_alive() <= before
-    for a, b in zip(step(), expected, strict=True):
+    for a, b in zip(steps(), expected, strict=True):
         assert torch.equal(a, b)
 
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..kernels.choose import choose
 from ..kernels.combine import statistics_dtype
 from ..kernels.spec import Needs, Norm, Partials, Problem, RowGrads, Shard
-from ..op import HEAD, HEAD_ARGS, check, fake_grads, kernel, problem_of, some
+from ..op import HEAD, HEAD_ARGS, check, fake_grads, problem_of, some
 
 _SHARD = f"{HEAD}, int start, int total"
 
@@ -43,7 +44,7 @@ def linear_cross_entropy_partial(*args):  # type: ignore[no-untyped-def]
     problem = shard_problem(args[:HEAD_ARGS], *args[HEAD_ARGS:])
     if problem.weight.shape[0] == 0:
         return tuple(_nothing(problem))
-    return tuple(kernel(problem.hidden.device).partial(problem))
+    return tuple(choose(problem).partial(problem))
 
 
 def _nothing(problem: Problem) -> Partials:
@@ -81,7 +82,7 @@ def linear_cross_entropy_shard_backward(*args):  # type: ignore[no-untyped-def]
     if problem.weight.shape[0] == 0:
         return tuple(g.zero_() for g in fake_grads(problem.hidden, problem.weight, problem.bias, *needs))
     rows = RowGrads(torch.zeros_like(highest) if grad_nll is None else grad_nll, *rest[:2])
-    return some(kernel(highest.device).backward(problem, Norm(highest, sumexp), rows, needs), problem.hidden)
+    return some(choose(problem).backward(problem, Norm(highest, sumexp), rows, needs), problem.hidden)
 
 
 @linear_cross_entropy_shard_backward.register_fake

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiled code: C++ in this folder, compiled once per machine by the compiler that inductor uses, into its cache on disk."""
+"""From the C++ files of this folder to a library: in come their names, out goes what ctypes has loaded.
+
+The compiler is the one that inductor uses, and the library lies in its cache on disk, so this happens once per machine.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,6 @@ import logging
 import platform
 from pathlib import Path
 
-from torch import Tensor
-
-# Logits of a problem for which to compile, which takes about as long as two hundred times as many of them.
-FEWEST_LOGITS = 1 << 24
 _log = logging.getLogger("cce_fx")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Sums that keep what they lose, and numbers that are not finite, mean what is written.
@@ -23,8 +22,8 @@ FLAGS = ("-O2", "-ffp-contract=fast", *_EXACT, *(("-mprefer-vector-width=512",) 
 
 @functools.cache
 def library(*files: str, define: str = "") -> ctypes.CDLL | None:
-    """The compiled `files` of this folder, one after the other and after `#define` `define`, or None where they cannot be had;
-    the log says why."""
+    """The compiled `files`, one after the other and after `#define` `define`, or None where they cannot be had; the log says
+    why."""
     try:
         from torch._inductor.codecache import CppCodeCache
 
@@ -38,8 +37,3 @@ def source(*files: str, define: str = "") -> str:
     return f"#define {define}\n" * bool(define) + "\n".join(
         Path(__file__).with_name(name).read_text() for name in files
     )
-
-
-def address(values: Tensor | None) -> int | None:
-    """Of the first number of a tensor; None for none."""
-    return None if values is None else values.data_ptr()

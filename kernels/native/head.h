@@ -1,49 +1,74 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the sweeps of fused.cpp have in common: the call, its sizes, and the logits of a chunk of columns.
+// What the steps of steps.cpp have in common: the call, its sizes, its workspace, and the logits of a chunk of columns. In comes a
+// Call, out goes a tile of products with the largest of each row. gradients.h goes on from there.
 
 #include <algorithm>
 
 extern "C" {
 
-struct Call {  // as in fused.py
-  // The head: z = inner (h w + b), or outer * tanh(inner (h w + b)) where `capped`.
-  const Number* weight;             // (V, D)
+struct Head {  // as in library.py
+  // z = inner (h w + b), or outer * tanh(inner (h w + b)) where `capped`.
+  const Number* weight;              // (V, D)
   const float *bias, *class_weight;  // (V,) or null; (V,), null is ones
   int64_t weight_row, weight_column, classes, width;
-  double weight_total;  // of class_weight
   float inner, outer;
   int32_t capped, weighted;  // whether sums of w z are wanted
-  // The rows first..first + rows of those in `index` (n,), or of all where it is null.
+  // The n rows that are computed, those in `index` or all where it is null.
   const Number* hidden;
   int64_t hidden_row, hidden_column;
   const int64_t *index, *target;  // (n,) each; -1 is a target that is not among the columns
-  int64_t first, rows;
   // dx = prob p - hit [c = t] - uniform w (n,), as in rows.py; uniform may be null, uniform_weight (D,) is sum_c w_c W_c.
   const float *prob, *hit, *uniform, *uniform_weight;
   // Statistics (n,): results of the sums, and given to what comes after them. target_logit is zero beforehand.
-  float *highest, *sumexp, *target_logit, *weighted_sum;
-  // Gradients (N, D), (V, D) and (V,), contiguous; null where not wanted. `fresh`: the last two hold nothing yet.
+  float *highest, *sumexp, *target_logit;
+  double* weighted_sum;
+  // Gradients (N, D), (V, D) and (V,), contiguous; null where not wanted.
   Number *d_hidden, *d_weight;
   float* d_bias;
-  // Places for the tiles of all chunks, and for what is taken off their logits, (chunks, R); null where tiles are not kept.
-  float* const* tiles;
-  float* shifts;
-  // A filter (see filter.cpp): for each class its level and the sum of its share of all rows, of each level the sum for each
-  // row; then which classes each gradient keeps, those of hidden's `more` than the others. `top` is the largest |prob|.
-  uint8_t* levels;
-  float *class_sums, *mass;
-  const uint8_t *keep_hidden, *keep_weight;
-  float top;
-  int32_t more;
-  // Sizes: columns begin..end of the weight are looked at; rows of a stretch, columns of a chunk. `room` has as many numbers as `cce_room` says.
-  int64_t begin, end, stretch, columns;
-  int32_t threads, fresh;
-  float* room;
+  int64_t columns, threads;  // columns of a chunk
+  float* workspace;          // as many numbers as `cce_workspace` says for the largest step
+};
+
+// Rows first..last, `rows` at a time in blocks of `block`, and columns begin..end of the weight, `classes` at a time.
+struct Step {  // as in library.py
+  int64_t kind;  // as in plan.py
+  int64_t first, last, rows, block, begin, end, classes;
+  int32_t hidden, weights;      // whether it makes the gradient of hidden, and those of weight and bias
+  int32_t in_weight, unused;    // whether tiles lie in the memory of the weight's gradient, which holds nothing yet
 };
 
 }  // extern "C"
 
 namespace {
+
+enum Kind { kSums, kTiles, kWeights, kGradients };
+
+// One piece of a step: some of its rows, or of its columns.
+struct Call : Head {
+  int64_t first, rows, block, begin, end;
+  bool fresh;  // the gradients of weight and bias hold nothing yet
+  bool stores, in_weight;
+
+  Call(const Head& head, const Step& step, int64_t piece) : Head(head) {
+    const int64_t by_rows = (step.last - step.first + step.rows - 1) / step.rows;
+    first = step.first + piece % by_rows * step.rows;
+    rows = std::min(step.rows, step.last - first);
+    block = step.block;
+    begin = step.begin + piece / by_rows * step.classes;
+    end = std::min(begin + step.classes, step.end);
+    fresh = first == 0;
+    stores = step.kind == kTiles;
+    in_weight = step.in_weight;
+    if (!step.hidden) d_hidden = nullptr;
+    if (!step.weights) d_weight = nullptr, d_bias = nullptr;
+  }
+};
+
+int64_t pieces(const Step& step) {
+  const auto parts = [](int64_t all, int64_t each) { return (all + each - 1) / each; };
+  return parts(step.last - step.first, step.rows) * parts(step.end - step.begin, step.classes);
+}
+
 
 constexpr int64_t kFill = 16;                // rows are filled up to a multiple of this
 constexpr int64_t kSlab = 512 / kPanel;      // panels of a line of the weight that are multiplied before the next lines
@@ -56,8 +81,8 @@ constexpr float kNever = 3.0e38f;     // the shift of rows that only fill up a v
 struct Sizes {
   int64_t depth;    // words of a line of hidden or of the weight, filled up
   int64_t span;     // its numbers
-  int64_t rows;     // of the block, filled up
-  int64_t stretch;  // rows of a stretch
+  int64_t rows;     // of the call, filled up
+  int64_t block;    // rows of a row block
   int64_t pairs;    // words of a column of a chunk
   int64_t chunks;   // of columns
 
@@ -65,11 +90,11 @@ struct Sizes {
       : depth(up(q.width, kPack * kPanel) / kPack),
         span(up(q.width, kPanel)),
         rows(up(q.rows, kFill)),
-        stretch(std::min(q.stretch, rows)),
+        block(std::min(q.block, rows)),
         pairs(up(q.columns, kPack) / kPack),
         chunks((q.end - q.begin + q.columns - 1) / q.columns) {}
 
-  int64_t stretches() const { return (rows + stretch - 1) / stretch; }
+  int64_t row_blocks() const { return (rows + block - 1) / block; }
 };
 
 struct Span {
@@ -83,17 +108,18 @@ struct Columns {
       : first(q.begin + chunk * q.columns), count(std::min(q.columns, q.end - first)) {}
 };
 
-// Some rows of a block, numbered within it.
-struct Stretch {
+// Some of a call's rows, numbered within it.
+struct RowBlock {
   int64_t number, first, count, padded;
 
-  Stretch(const Call& q, const Sizes& s, int64_t number)
+  RowBlock(const Call& q, const Sizes& s, int64_t number)
       : number(number),
-        first(number * s.stretch),
-        count(std::min(s.stretch, q.rows - first)),
+        first(number * s.block),
+        count(std::min(s.block, q.rows - first)),
         padded(up(count, kFill)) {}
 
-  float* of(float* tiles, const Call& q, const Sizes& s) const { return tiles + number * q.columns * s.stretch; }
+  // Its part of the tiles of a chunk.
+  float* of(float* tile, const Call& q, const Sizes& s) const { return tile + number * q.columns * s.block; }
 };
 
 Matrix weight_of(const Call& q) { return {q.weight, q.weight_row, q.weight_column, q.width, nullptr}; }
@@ -105,23 +131,25 @@ Matrix hidden_of(const Call& q) {
 
 // --- memory ----------------------------------------------------------------------------------------------------------------
 
-struct Room {
-  float* at;
+// Memory that is taken from its beginning on; without a base, how much that is.
+struct Workspace {
+  float* base;
+  int64_t used = 0;
 
   float* take(int64_t count) {
-    float* const part = at;
-    at += up(count, kLanes);
+    float* const part = base ? base + used : nullptr;
+    used += up(count, kLanes);
     return part;
   }
 };
 
-// What is known of each row of a block when its sums are: the largest logit or 0, prob / sumexp, the cap's slope at the
-// target, and the uniform coefficient. Where tiles are kept, it stays there from the sums on.
-struct Known {
+// What is known of each row when its sums are: the largest logit or 0, prob / sumexp, the cap's slope at the target, and the
+// uniform coefficient. Where tiles are stored, it stays there from the sums on.
+struct RowState {
   float *shift, *ratio, *slope, *uniform;
 
-  Known(const Sizes& s, Room& room)
-      : shift(room.take(s.rows)), ratio(room.take(s.rows)), slope(room.take(s.rows)), uniform(room.take(s.rows)) {}
+  RowState(const Sizes& s, Workspace& workspace)
+      : shift(workspace.take(s.rows)), ratio(workspace.take(s.rows)), slope(workspace.take(s.rows)), uniform(workspace.take(s.rows)) {}
 
   void begin(const Sizes& s) const {
     std::fill_n(shift, s.rows, kNever);
@@ -141,35 +169,53 @@ struct Known {
   }
 };
 
-// What a thread works with: the weights of a chunk as left and as right factor, a tile, and the largest products so far.
-struct Own {
-  float *left, *bias, *tile, *words, *peak, *right;
+// The tiles of all chunks, with what was taken off their logits, (chunks, R).
+struct StoredTiles {
+  float *shifts, *tiles;
 
-  Own(const Call& q, const Sizes& s, bool tiles, int64_t rows, Room& room)
-      : left(room.take(q.columns * s.depth)),
-        bias(room.take(q.columns)),
-        tile(tiles ? room.take(q.columns * rows) : nullptr),
-        words(kPack == 1 ? nullptr : room.take((q.columns + 1) * s.stretch / 2)),
-        peak(room.take(s.stretch)),
-        right(kPack == 1 ? left : q.d_hidden ? room.take(s.pairs * s.span) : nullptr) {}
+  StoredTiles(const Call& q, const Sizes& s, Workspace& workspace)
+      : shifts(q.stores ? workspace.take(s.chunks * s.rows) : nullptr),
+        tiles(q.stores ? workspace.take((q.in_weight ? q.threads : s.chunks) * q.columns * s.rows) : nullptr) {}
+
+  // A tile in the memory of the weight's gradient lies where that of the chunk before it goes, which is made later: a thread
+  // makes the last of its chunks first. The first chunk of each thread has a place of its own.
+  float* tile(const Call& q, const Sizes& s, int64_t chunk) const {
+    if (!q.in_weight) return tiles + chunk * q.columns * s.rows;
+    const int64_t thread = (chunk * q.threads + s.chunks - 1) / s.chunks;
+    if (s.chunks * thread / q.threads == chunk) return tiles + thread * q.columns * s.rows;
+    return reinterpret_cast<float*>(q.d_weight) + (chunk - 1) * q.columns * q.width;
+  }
 };
 
-// The part of the room that belongs to a thread; all have one size.
+// What a thread works with: the weights of a chunk as left and as right factor, a tile, and the largest products so far.
+struct Buffers {
+  float *left, *bias, *tile, *words, *peak, *right;
+
+  Buffers(const Call& q, const Sizes& s, bool tiles, int64_t rows, Workspace& workspace)
+      : left(workspace.take(q.columns * s.depth)),
+        bias(workspace.take(q.columns)),
+        tile(tiles ? workspace.take(q.columns * rows) : nullptr),
+        words(kPack == 1 ? nullptr : workspace.take((q.columns + 1) * s.block / 2)),
+        peak(workspace.take(s.block)),
+        right(kPack == 1 ? left : q.d_hidden ? workspace.take(s.pairs * s.span) : nullptr) {}
+};
+
+// The part of the workspace that belongs to a thread; all have one size.
 template <typename Part>
-Part part_of(const Call& q, const Sizes& s, Room room, int64_t thread) {
-  Room after = room;
+Part part_of(const Call& q, const Sizes& s, Workspace workspace, int64_t thread) {
+  Workspace after = workspace;
   Part first(q, s, after);
   if (thread == 0) return first;
-  Room own{room.at + thread * (after.at - room.at)};
-  return Part(q, s, own);
+  workspace.used += thread * (after.used - workspace.used);
+  return Part(q, s, workspace);
 }
 
-// Numbers of a room with the parts of all threads.
+// Numbers of a workspace with the parts of all threads.
 template <typename Part>
-int64_t room_with(const Call& q, const Sizes& s, Room room) {
-  const int64_t before = room.at - static_cast<float*>(nullptr);
-  Part(q, s, room);
-  return before + q.threads * (room.at - static_cast<float*>(nullptr) - before);
+int64_t size_with(const Call& q, const Sizes& s, Workspace workspace) {
+  const int64_t before = workspace.used;
+  Part(q, s, workspace);
+  return before + q.threads * (workspace.used - before);
 }
 
 // part(thread, chunks of that thread), all threads at once.
@@ -228,8 +274,8 @@ INLINE Ahead weights_after(const Call& q, int64_t row, int64_t count, int64_t k,
           (lines + times - 1) / times};
 }
 
-// tile (C, R) = the products of a chunk with the rows of `turned`. The weights are copied to `own.left` where `copy`.
-void make_logits(const Call& q, const Sizes& s, Columns columns, const float* turned, int64_t rows, const Own& own, float* tile,
+// tile (C, R) = the products of a chunk with the rows of `packed`. The weights are copied to `own.left` where `copy`.
+void make_logits(const Call& q, const Sizes& s, Columns columns, const float* packed, int64_t rows, const Buffers& own, float* tile,
                  bool copy) {
   const Matrix weight = weight_of(q);
   const int64_t panels = s.depth / kPanel;
@@ -242,7 +288,7 @@ void make_logits(const Call& q, const Sizes& s, Columns columns, const float* tu
       const int64_t row = columns.first + c, below = c + 2 * kR <= columns.count ? kR * rows : 0;
       Ahead ahead = {};
       if (copy) {
-        for (int64_t p = 0; p < now; ++p) copy_lines(weight, row, kR, from + p * kPanel, lines + p * q.columns * kPanel);
+        for (int64_t p = 0; p < now; ++p) pack_rows(weight, row, kR, from + p * kPanel, lines + p * q.columns * kPanel);
         ahead = weights_after(q, row + kR, kR, from, now * kPanel, now * ((rows + kPanel - 1) / kPanel));
       }
       for (int64_t i = 0; i < kR; ++i)  // a kept tile may be in no cache
@@ -250,10 +296,10 @@ void make_logits(const Call& q, const Sizes& s, Columns columns, const float* tu
       const Left left = {lines, kPanel, 1, now, kPanel, q.columns * kPanel};
       int64_t r = 0;
       for (; r + kPanel <= rows; r += kPanel)
-        logits_block<kR, 2>(q, left, turned + r * s.depth + from * kPanel, own.bias + c, tile + c * rows + r, rows, own.peak + r,
+        logits_block<kR, 2>(q, left, packed + r * s.depth + from * kPanel, own.bias + c, tile + c * rows + r, rows, own.peak + r,
                             slab > 0, last, ahead);
       if (r < rows)
-        logits_block<kR, 1>(q, left, turned + r * s.depth + from * kLanes, own.bias + c, tile + c * rows + r, rows, own.peak + r,
+        logits_block<kR, 1>(q, left, packed + r * s.depth + from * kLanes, own.bias + c, tile + c * rows + r, rows, own.peak + r,
                             slab > 0, last, ahead);
     });
   }

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Vectors of float32 numbers and the functions of them that the kernels need. Compiled in front of the other files.
+// Vectors of float32 numbers and their functions: in and out go registers. All files of this folder are compiled as one, in the
+// order that library.py names; after this one comes micro_kernel.h.
 
 #include <algorithm>
 #include <cmath>
@@ -75,16 +76,6 @@ INLINE float sum_of(Floats values) {
   for (int64_t half = kLanes / 2; half > 0; half /= 2)
     for (int64_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
   return lanes[0];
-}
-
-// Levels of probabilities, as in elementwise.py: how many factors of about sqrt(2) a number is below one.
-constexpr int32_t kLevels = 64;
-
-INLINE int32_t level_of(float mean) {
-  constexpr int32_t kOne = 254;  // the exponent of 1.0 and the first bit of its mantissa
-  int32_t bits;
-  std::memcpy(&bits, &mean, sizeof bits);
-  return std::clamp(kOne - (bits >> 22), 0, kLevels - 1);
 }
 
 }  // namespace

@@ -72,7 +72,7 @@ def machine_of(device: torch.device) -> Machine:
     if interpreted():
         return INTERPRETER
     raise NotImplementedError(
-        f"the triton kernels run on CUDA and ROCm tensors, not on {device.type}; use kernels.tiled there, or set "
+        f"the triton kernels run on CUDA and ROCm tensors, not on {device.type}; use kernels.portable there, or set "
         "TRITON_INTERPRET=1 before triton is imported to run them slowly on the CPU"
     )
 

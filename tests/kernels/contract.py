@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
-from types import ModuleType
-from unittest import mock
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cce_fx.kernels import fused, reference, tiled, whole
+from cce_fx.kernels import native, portable, reference
 from cce_fx.kernels.combine import finish, statistics_dtype
-from cce_fx.kernels.native import fused as native
-from cce_fx.kernels.spec import Epilogue, Needs, Problem, RowGrads, Stats
+from cce_fx.kernels.spec import Epilogue, Kernel, Needs, Problem, RowGrads, Stats
 
 ALL = Needs()
 _FEW = 8  # ulp of the numbers that a result is made of
@@ -97,41 +94,37 @@ def gradient_terms(problem: Problem, grads: RowGrads, field: str) -> float:
     return size * (1 + ulps * exact / (_FEW * own))
 
 
-@contextlib.contextmanager
-def in_torch_operations(largest_whole: int = whole.LARGEST) -> Iterator[None]:
-    """Without the compiled head, as on other processors; problems of up to `largest_whole` logits as one tile."""
-    with mock.patch.object(fused, "compiled", lambda dtype: None), mock.patch.object(whole, "LARGEST", largest_whole):
-        yield
+# Those that run on any machine.
+KERNELS: dict[str, Kernel] = {"portable": portable, "native": native}
+NATIVE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def serves(kernel: Kernel, problem: Problem) -> bool:
+    """Whether a kernel is made for a problem, on this machine."""
+    p = problem
+    return kernel is not native or (p.hidden.dtype in NATIVE and native.compiled(p.hidden.dtype) is not None)
 
 
 @contextlib.contextmanager
-def prepared() -> Iterator[None]:
-    """With the compiled head for problems of any size, as in a program that `torch.compile` has compiled."""
-    with mock.patch.object(native, "_prepared", set(native.STORAGE)):
+def threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
         yield
+    finally:
+        torch.set_num_threads(before)
 
 
-# Small problems in tiles too, as large ones are.
-WAYS = {
-    "compiled": prepared,
-    "in torch operations": in_torch_operations,
-    "in tiles": lambda: in_torch_operations(0),
-}
-
-
-def check(
-    problem: Problem, grads: RowGrads, needs: Needs, kernel: ModuleType = tiled, ways: Iterable[str] = WAYS, **how: str
-) -> None:
-    """Every entry point of `kernel` agrees with the reference, the tiled kernel in all `ways`; `how` goes to its backward."""
+def check(problem: Problem, grads: RowGrads, needs: Needs, kernel: Kernel, **how: str) -> None:
+    """Every entry point of `kernel` agrees with the reference; `how` goes to its backward."""
     exact_stats, exact_grads = reference.forward_backward(problem, grads, needs)
     dense_stats, dense_grads = reference.forward_backward(problem, grads, needs, problem.hidden.dtype)
-    found = {}
-    for way in ways if kernel is tiled else ["as it is"]:
-        with WAYS.get(way, contextlib.nullcontext)():
-            stats = kernel.forward(problem)
-            found[f"forward_backward, {way}"] = kernel.forward_backward(problem, grads, needs, **how)
-            found[f"forward, backward, {way}"] = stats, kernel.backward(problem, stats.norm, grads, needs, **how)
-            found[f"partial, {way}"] = finish(kernel.partial(problem), problem), None
+    stats = kernel.forward(problem)
+    found = {
+        "forward_backward": kernel.forward_backward(problem, grads, needs, **how),
+        "forward, backward": (stats, kernel.backward(problem, stats.norm, grads, needs, **how)),
+        "partial": (finish(kernel.partial(problem), problem), None),
+    }
     for name, got in found.items():
         for part, exact, dense in zip(got, (exact_stats, exact_grads), (dense_stats, dense_grads), strict=True):
             if part is not None:
@@ -139,8 +132,9 @@ def check(
                     if part is got[1]:
                         terms = gradient_terms(problem, grads, field)
                     else:
-                        terms = stats_terms(problem, exact_stats, field, sharded=name.startswith("partial"))
+                        terms = stats_terms(problem, exact_stats, field, sharded=name == "partial")
                     assert_as_good(a, b, c, f"{name}: {field}", terms)
+        assert {t.dtype for t in got[0]} == {statistics_dtype(problem.hidden.dtype)}, name
         for g, of in zip(got[1] or (), (problem.hidden, problem.weight, problem.bias), strict=False):
             assert g is None or (g.dtype == of.dtype and g.is_contiguous())
 

@@ -1,127 +1,356 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled walks over a tile: against the torch operations that they stand for, and under the whole contract."""
+"""The compiled kernel: as good as dense arithmetic in whatever steps it takes, on each kind of processor and without a compiler."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
+import math
+import subprocess
+import tempfile
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+import torch._inductor.config as config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cce_fx.kernels.elementwise import Torch
-from cce_fx.kernels.native import build, walks
-from cce_fx.kernels.spec import Problem
-from tests.kernels.contract import check, problems, small
+from cce_fx.kernels import choose, native, portable, reference
+from cce_fx.kernels.native import build, library, plan, run
+from cce_fx.kernels.native.library import FILES, STORAGE, Library, Step, compiled
+from cce_fx.kernels.spec import Epilogue, Needs, Problem, RowGrads, Sizes
+from tests.kernels.contract import ALL, check, problems, small, tensor, threads
 
-COMPILED = walks.compiled()
-
-
-def forced():
-    return mock.patch.object(build, "FEWEST_LOGITS", 0)
-
-
-@st.composite
-def tiles(draw):
-    """Logits (C, R) with rows that do not fill a vector, masked classes, rows without any class, NaN and wide ranges."""
-    columns, rows = draw(st.integers(1, 300)), draw(st.integers(1, 70))
-    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
-    tile = torch.randn(columns, rows, generator=generator) * draw(st.sampled_from([0.0, 1.0, 20.0, 1e4]))
-    if draw(st.booleans()):
-        tile[torch.rand(columns, rows, generator=generator) < 0.2] = -torch.inf
-    if draw(st.booleans()):
-        tile[:, draw(st.integers(0, rows - 1))] = -torch.inf
-    if draw(st.booleans()):
-        tile[draw(st.integers(0, columns - 1)), draw(st.integers(0, rows - 1))] = torch.nan
-    before = torch.randn(rows, generator=generator) if draw(st.booleans()) else None
-    weights = torch.rand(columns, generator=generator) if draw(st.booleans()) else None
-    return tile, before, weights
+needs_code = pytest.mark.skipif(compiled(torch.float32) is None, reason="no compiled code for this processor")
+# Flags that take instructions away.
+PROCESSORS = {"this": "", "AVX2": "-mno-avx512f", "without bfloat16": "-mno-avx512bf16"}
+PLANS = {"sums": plan.sums, "both": plan.sums_and_gradients, "gradients": plan.gradients}
 
 
-def sums_of(elementwise, tile, before, weights, weighted, keep=True):
-    tile, rows = tile.clone(), tile.shape[1]
-    out = [torch.full((rows,), 7.0, dtype=tile.dtype) for _ in range(3)]
-    elementwise.exp_sums(tile, before, out[0], out[1], out[2] if weighted else None, weights, keep)
-    return (*out, tile)
+@functools.cache
+def code_for(processor: str, dtype: torch.dtype) -> Library | None:
+    if dtype not in STORAGE:
+        return None
+    folder = Path(tempfile.mkdtemp())
+    made, code = folder / "code.so", folder / "code.cpp"
+    code.write_text(build.source(*FILES, define=f"STORAGE {STORAGE[dtype]}"))
+    flags = ["-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+    # GCC's own intrinsics; what one storage does not need.
+    allowed = ["-Wno-maybe-uninitialized", "-Wno-unused-parameter"]
+    command = ["g++", *flags, *allowed, *build.FLAGS, *PROCESSORS[processor].split(), str(code), "-o", str(made)]
+    subprocess.run(command, check=True)
+    return Library(ctypes.CDLL(str(made)), dtype)
 
 
-@settings(max_examples=150, deadline=None)
-@given(tiles(), st.booleans(), st.booleans())
-def test_sums_and_exponentials_are_those_of_torch_operations(drawn, weighted, keep):
-    tile, before, weights = drawn
-    found = sums_of(COMPILED, tile, before, weights, weighted, keep)
-    double = sums_of(Torch(), tile.double(), None if before is None else before.double(),
-                     None if weights is None else weights.double(), weighted)  # fmt: skip
-    torch.testing.assert_close(found[0], double[0].float(), rtol=0, atol=0, equal_nan=True)
-    top = float(tile.abs().nan_to_num(0, 0, 0).max())
-    near = {"rtol": 4e-6 + 2e-7 * top, "atol": 1e-30, "equal_nan": True}  # exp of a difference rounded at the size of z
-    torch.testing.assert_close(found[1], double[1].float(), **near)
-    if keep:
-        visible = double[3].nan_to_num(1.0) > 1e-30  # smaller ones are zero in either, each below its own floor
-        torch.testing.assert_close(found[3][visible], double[3][visible].float(), **near)
-        assert bool((found[3][~visible] <= 1e-29).all())
-    if weighted:
-        torch.testing.assert_close(found[2], double[2].float(), rtol=1e-5, atol=1e-5 * (1 + top), equal_nan=True)
-    else:
-        assert bool((found[2] == 7.0).all())
+@contextlib.contextmanager
+def on(processor: str) -> Iterator[None]:
+    code = functools.partial(code_for, processor)
+    for cached in PLANS.values():
+        cached.cache_clear()
+    with mock.patch.object(run, "compiled", code), mock.patch.object(plan, "compiled", code):
+        yield
 
 
-@settings(max_examples=50, deadline=None)
-@given(tiles())
-def test_probabilities_are_those_of_torch_operations(drawn):
-    tile = drawn[0].clamp(-60, 0)
-    highest, factor = tile.amax(0), torch.rand(tile.shape[1]) - 0.5
-    found, expected = tile.clone(), tile.double()
-    COMPILED.probabilities(found, highest, factor)
-    Torch().probabilities(expected, highest.double(), factor.double())
-    torch.testing.assert_close(found, expected.float(), rtol=2e-5, atol=1e-30, equal_nan=True)
+# Problems whose rows and classes are several blocks and chunks, with sizes that fill neither vectors nor blocks.
+SHAPES = {
+    "one block": (40, 33, 700, None),
+    "narrow": (70, 1, 901, None),
+    "stored in the workspace": (150, 24, 1100, 1 << 20),
+    "stored in several blocks": (500, 40, 2500, 2 << 20),
+    "stored in the gradient, and made again": (700, 200, 2003, 3 << 19),
+    "made again": (300, 16, 9000, 1 << 20),
+    "the smallest workspace": (90, 200, 700, 1),
+    "wide": (90, 1100, 800, 8 << 20),
+}
 
 
+def problem_of(shape: str, dtype: torch.dtype = torch.float32, **options: object) -> Problem:
+    n, d, v, workspace = SHAPES[shape]
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (tensor((rows, d), torch.float32, generator) * d**-0.25 for rows in (n, v))
+    problem = Problem(
+        hidden.to(dtype), weight.to(dtype), None, torch.randint(v, (n,), generator=generator), workspace=workspace
+    )
+    return replace(problem, **options)
+
+
+def row_grads(problem: Problem, all_three: bool = False) -> RowGrads:
+    n, generator = len(problem.target), torch.Generator().manual_seed(1)
+    nll, lse, smooth = (torch.randn(n, generator=generator) for _ in range(3))
+    return RowGrads(nll, lse, smooth / len(problem.weight)) if all_three else RowGrads(nll)
+
+
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": torch.randn(10_000)},
+    "scale": {"epilogue": Epilogue(-0.5, None, 2.0)},
+    "cap": {"epilogue": Epilogue(0.5, 3.0, 2.0)},
+    "negative cap": {"epilogue": Epilogue(0.5, 3.0, -2.0)},
+    "smooth": {"smooth": True},
+    "smooth with a cap and class weights": {
+        "smooth": True, "epilogue": Epilogue(0.5, 3.0), "class_weight": torch.rand(10_000),
+    },
+    "ignored rows": {"ignore_index": -100},
+}  # fmt: skip
+
+
+def with_options(problem: Problem, name: str) -> Problem:
+    options, classes = dict(OPTIONS[name]), len(problem.weight)
+    for field in ("bias", "class_weight"):
+        if field in options:
+            options[field] = options[field][:classes]
+    if name == "ignored rows":
+        options["target"] = problem.target.where(torch.arange(len(problem.target)) % 3 > 0, -100)
+    return replace(problem, **options)
+
+
+@needs_code
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_step_with_every_option(shape: str, options: str) -> None:
+    p = with_options(problem_of(shape), options)
+    check(p, row_grads(p, all_three=p.smooth), ALL, native)
+
+
+@needs_code
+@pytest.mark.parametrize("processor", [name for name in PROCESSORS if name != "this"])
+@pytest.mark.parametrize("shape", ["one block", "stored in the gradient, and made again", "wide"])
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_other_processors(dtype: torch.dtype, shape: str, processor: str) -> None:
+    p = with_options(problem_of(shape, dtype), "ignored rows")
+    with on(processor):
+        check(p, row_grads(p), ALL, native)
+
+
+@needs_code
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("shape", ["one block", "stored in the gradient, and made again"])
+def test_half_precision(shape: str, options: str, dtype: torch.dtype) -> None:
+    p = with_options(problem_of(shape, dtype), options)
+    check(p, row_grads(p, all_three=p.smooth), ALL, native)
+
+
+@needs_code
 @settings(max_examples=60, deadline=None)
-@given(problems())
-def test_the_kernel_with_compiled_walks_is_as_good_as_dense_arithmetic(drawn):
-    with forced():
-        check(*drawn)
+@given(problems(), st.sampled_from(list(PROCESSORS)), st.integers(1, 5))
+def test_drawn_problems_on_any_number_of_threads(
+    drawn: tuple[Problem, RowGrads, Needs], processor: str, count: int
+) -> None:
+    with on(processor), mock.patch.object(plan, "_WORK", 1), threads(count):
+        if drawn[0].hidden.dtype in STORAGE:
+            check(*drawn, native)
 
 
-def test_sums_do_not_depend_on_the_number_of_threads():
-    tile, threads = torch.randn(3000, 70), torch.get_num_threads()
-    two = sums_of(COMPILED, tile, None, None, True)
+@needs_code
+@pytest.mark.parametrize(
+    "needs", [Needs(*map(bool, flags)) for flags in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)]], ids=str
+)
+@pytest.mark.parametrize("dtype", STORAGE)
+def test_each_gradient_alone(dtype: torch.dtype, needs: Needs) -> None:
+    p = with_options(problem_of("stored in several blocks", dtype), "bias")
+    check(replace(p, bias=p.bias.to(dtype)), row_grads(p), needs, native)
+
+
+def sizes_of(p: Problem) -> Sizes:
+    return Sizes(p.hidden.dtype, len(p.target), *p.weight.shape, hidden=True, weight=True, workspace=p.workspace)
+
+
+@needs_code
+def test_the_shapes_of_these_tests_take_every_kind_of_step() -> None:
+    kinds: Counter[str] = Counter()
+    for shape in SHAPES:
+        for make in PLANS.values():
+            for step in make(sizes_of(problem_of(shape)), threads=2).steps:
+                kinds[("sums", "tiles", "weights", "gradients")[step.kind]] += 1
+                kinds["in the gradient"] += step.in_weight
+                kinds["row blocks"] += step.rows > step.block
+                kinds["repeated"] += step.last - step.first > step.rows
+    wanted = ("sums", "tiles", "weights", "gradients", "in the gradient", "row blocks", "repeated")
+    assert all(kinds[k] for k in wanted), kinds
+
+
+@needs_code
+@settings(max_examples=200, deadline=None)
+@given(
+    st.builds(
+        Sizes, dtype=st.sampled_from(list(STORAGE)), rows=st.integers(1, 70_000), classes=st.integers(1, 300_000),
+        width=st.integers(1, 5000), capped=st.booleans(), smooth=st.booleans(), uniform=st.booleans(), hidden=st.booleans(),
+        weight=st.booleans(), bias=st.booleans(), workspace=st.integers(1 << 16, 1 << 27),
+    ),
+    st.integers(1, 100),
+)  # fmt: skip
+def test_steps_keep_to_the_workspace_and_make_each_row_once(sizes: Sizes, count: int) -> None:
+    wanted = [name for name in ("hidden", "weight", "bias") if getattr(sizes, name)]
+    # Twelve columns of the weight and sixteen rows of hidden, each with its gradient, are held whatever the workspace.
+    least = 4 * (2 * 12 + 3 * 16) * (sizes.width + 64) + 64 * sizes.rows
+    for name, makes in (("sums", {"sums"}), ("both", {"sums", *wanted}), ("gradients", {*wanted})):
+        found = PLANS[name](sizes, count)
+        assert 4 * found.size <= max(sizes.workspace, least)
+        done: dict[str, list[tuple[int, int]]] = {}
+        for step in found.steps:
+            assert (step.begin, step.end) == (0, sizes.classes)
+            assert (
+                step.rows > 0 and step.classes > 0 and (step.rows >= step.last - step.first or step.classes >= step.end)
+            )
+            for made in made_by(step, wanted):
+                done.setdefault(made, []).append((step.first, step.last))
+        assert set(done) == makes
+        for parts in done.values():  # one after the other, and all of them together
+            assert [a for a, _ in parts] == [0, *(b for _, b in parts[:-1])] and parts[-1][1] == sizes.rows
+
+
+def made_by(step: Step, wanted: list[str]) -> list[str]:
+    sums = step.kind in (plan.SUMS, plan.TILES)
+    return ["sums"] * sums + ["hidden"] * step.hidden + [n for n in ("weight", "bias") if step.weights and n in wanted]
+
+
+@needs_code
+def test_it_repeats_bit_by_bit() -> None:
+    p = problem_of("stored in the gradient, and made again")
+    first, second = (native.forward_backward(p, row_grads(p), ALL) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
+
+
+@needs_code
+@pytest.mark.parametrize("where", ["hidden", "weight"])
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_what_is_not_finite_is_as_in_torch_operations(where: str, value: float) -> None:
+    p = problem_of("one block")
+    getattr(p, where)[3, 2] = value
+    found = native.forward_backward(p, row_grads(p), ALL)
+    expected = portable.forward_backward(p, row_grads(p), ALL)
+    for a, b in zip(found, expected, strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, equal_nan=True)
+
+
+@needs_code
+def test_a_sum_over_many_classes_is_exact() -> None:
+    """A hundred thousand numbers of one sign, added one by one, would be off by a hundred roundings."""
+    p = problem_of("made again", epilogue=Epilogue(0.0))
+    p = replace(p, weight=torch.rand(100_000, 16), target=p.target * 11)
+    rows = RowGrads(torch.full((300,), 1 / 300))
+    stats, grads = native.forward_backward(p, rows, ALL)
+    exact, exact_grads = reference.forward_backward(p, rows, ALL)
+    assert (stats.sumexp - exact.sumexp).abs().max() <= 8 * torch.finfo(torch.float32).eps * 1e5
+    torch.testing.assert_close(grads.hidden.double(), exact_grads.hidden, rtol=0, atol=0)  # a scale of zero
+
+
+@needs_code
+def test_layouts_of_hidden_and_weight() -> None:
+    for layout in ("columns", "strided", "expanded"):
+        generator = torch.Generator().manual_seed(2)
+        p = Problem(
+            tensor((50, 40), torch.float32, generator, layout), tensor((600, 40), torch.float32, generator, layout), None,
+            torch.randint(600, (50,), generator=generator),
+        )  # fmt: skip
+        check(p, row_grads(p), ALL, native)
+
+
+@needs_code
+def test_a_gradient_that_is_one_number_for_all_rows() -> None:
+    p = problem_of("one block", smooth=True)
+    one = lambda: torch.tensor([0.5]).expand(len(p.target))  # noqa: E731
+    check(p, RowGrads(one(), one(), one()), ALL, native)
+
+
+@needs_code
+def test_a_sum_of_one_keeps_many_parts_that_are_too_small_for_it() -> None:
+    hidden, weight, target = torch.zeros(16, 16), torch.zeros(16000, 16), torch.zeros(16, dtype=torch.int64)
+    hidden[:, 0], weight[0, 0] = 1.0, 17.5
+    p = Problem(hidden, weight, None, target)
+    found = native.forward(p).nll
+    exact = torch.full((16,), 15999 * math.exp(-17.5), dtype=torch.float64).log1p().float()
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=0.0)
+
+
+@needs_code
+def test_a_long_call_returns_every_half_second_for_whoever_waits_to_interrupt_it() -> None:
+    p = small(2048, 256, 32000)
+    code, calls = compiled(torch.float32), []
+
+    def counted(*arguments: object) -> int:
+        calls.append(code.run(*arguments))
+        return calls[-1]
+
+    with threads(1), mock.patch.object(run, "compiled", lambda dtype: mock.Mock(run=counted)):
+        found = native.forward_backward(p, row_grads(p), ALL)
+        assert len(calls) > 1 and calls == [library.MORE] * (len(calls) - 1) + [library.DONE]
+    for a, b in zip(found, native.forward_backward(p, row_grads(p), ALL), strict=True):
+        for x, y in zip(a, b, strict=True):
+            assert y is None or torch.allclose(x, y, rtol=1e-4, atol=1e-4)
+
+
+# --- which problems it serves ---------------------------------------------------------------------------------------------
+
+
+def chosen(p: Problem) -> object:
+    return choose.choose(p)
+
+
+@pytest.fixture
+def unprepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "_prepared", set())
+
+
+@needs_code
+def test_large_problems_are_served_and_small_ones_where_it_was_prepared(unprepared: None) -> None:
+    large = small(1 << 12, 1, 1 << 12)
+    assert chosen(large) is native and chosen(small()) is portable
+    native.prepare(torch.float32)
+    assert chosen(small()) is native
+    assert chosen(small(dtype=torch.float64)) is portable and chosen(small(dtype=torch.bfloat16)) is portable
+
+
+def test_without_code_for_the_processor_torch_operations_serve(unprepared: None) -> None:
+    compiled.cache_clear()
     try:
-        torch.set_num_threads(1)
-        one = sums_of(COMPILED, tile, None, None, True)
+        with mock.patch.object(torch.cpu, "get_capabilities", dict):
+            native.prepare(torch.float32)
+            assert compiled(torch.float32) is None and chosen(small(1 << 12, 1, 1 << 12)) is portable
     finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+        compiled.cache_clear()
 
 
-def test_small_problems_and_other_dtypes_compile_nothing():
-    assert isinstance(walks.elementwise(small()), Torch)
-    with forced():
-        assert isinstance(walks.elementwise(small()), walks.Native)
-        assert isinstance(walks.elementwise(small(dtype=torch.float64)), Torch)
-
-
-def test_without_a_compiler_torch_operations_serve(monkeypatch):
+def test_without_a_compiler_torch_operations_serve(unprepared: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: object, **__: object) -> None:
         raise OSError("no compiler")
 
     monkeypatch.setattr("torch._inductor.codecache.CppCodeCache.load", missing)
-    caches = build.library, walks.compiled
+    caches = build.library, compiled
     for cache in caches:
         cache.cache_clear()
     try:
-        with forced(), mock.patch.object(build._log, "info") as said:
-            assert isinstance(walks.elementwise(small()), Torch)
-        assert "no compiler" in str(said.call_args)
+        with mock.patch.object(build._log, "info") as said:
+            assert chosen(small(1 << 12, 1, 1 << 12)) is portable
+        assert not library.on_this_machine() or "no compiler" in str(said.call_args)
     finally:
         for cache in caches:
             cache.cache_clear()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_converted_and_then_compiled(dtype):
-    with forced():
-        problem: Problem = small(n=40, d=8, v=300, dtype=dtype)
-        assert isinstance(walks.elementwise(problem), walks.Native)
+def test_the_background_has_the_configuration_of_inductor(unprepared: None) -> None:
+    found, done = [], threading.Event()
+
+    def code(dtype: torch.dtype) -> None:
+        found.append(config.cpp.cxx)
+        done.set()
+
+    with mock.patch.object(library, "compiled", code), config.patch("cpp.cxx", ("a compiler",)):
+        library.prepare(torch.float32)
+        assert done.wait(10) or not library.on_this_machine()
+    assert found == [("a compiler",)] * library.on_this_machine()
+
+
+def test_every_file_of_the_code_is_compiled() -> None:
+    folder = Path(native.__file__).parent
+    assert {p.name for p in folder.iterdir() if p.suffix in (".h", ".cpp")} == {*FILES}

@@ -11,7 +11,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from cce_fx.kernels import reference, tiled, triton
+from cce_fx.kernels import portable, reference, triton
 from cce_fx.kernels.combine import combine, finish
 from cce_fx.kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads, Shard, Stats
 from tests.kernels.contract import ALL, assert_as_good, check, gradient_terms, problems, small, stats_terms, tensor
@@ -70,11 +70,11 @@ PAIRS = list(combinations(OPTIONS, 2))
     [((name,), how) for name in OPTIONS for how in HOW] + [(p, HOW[k % len(HOW)]) for k, p in enumerate(PAIRS)],
     ids=lambda value: "-".join(value.values() if isinstance(value, dict) else value),
 )
-def test_options_alone_and_in_pairs_do_what_the_tiled_kernel_does(names, how):
+def test_options_alone_and_in_pairs_do_what_the_portable_kernel_does(names, how):
     fields = {k: v for name in names for k, v in OPTIONS[name].items()}
     problem = small(n=19, d=12, v=37, **fields)
     grads = RowGrads(torch.rand(19), torch.rand(19), torch.rand(19) / 37 if problem.smooth else None)
-    ours, theirs = (k.forward_backward(problem, grads, ALL, **o) for k, o in ((triton, how), (tiled, {})))
+    ours, theirs = (k.forward_backward(problem, grads, ALL, **o) for k, o in ((triton, how), (portable, {})))
     for a, b in zip((*ours[0], *ours[1]), (*theirs[0], *theirs[1]), strict=True):
         assert a is b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-5)
 

@@ -8,14 +8,14 @@ import inspect
 import pytest
 import torch
 
-from cce_fx.kernels import tiled, triton
+from cce_fx.kernels import portable, triton
 from cce_fx.kernels.spec import Norm, RowGrads, Shard
 from tests.kernels.contract import ALL, check, small
 
 
-def test_the_kernels_take_what_the_tiled_ones_take() -> None:
+def test_the_kernels_take_what_the_portable_ones_take() -> None:
     for name in ("partial", "forward", "backward", "forward_backward"):
-        both = (inspect.signature(getattr(module, name)).parameters for module in (triton, tiled))
+        both = (inspect.signature(getattr(module, name)).parameters for module in (triton, portable))
         ours, theirs = ([k for k, v in each.items() if v.kind is not v.KEYWORD_ONLY] for each in both)
         assert ours == theirs, name
 
@@ -63,7 +63,7 @@ def test_a_target_out_of_bounds_is_an_index_error(bad: int) -> None:
 
 def test_a_tensor_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(NotImplementedError, match=r"kernels\.tiled"):
+    with pytest.raises(NotImplementedError, match=r"kernels\.portable"):
         triton.forward(small())
 
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Matrix products of small blocks that lie in the caches, as fast as the processor multiplies, and the copying that makes them
-// so. All products of a head are one loop here: a few rows of the left factor, number by number, times one panel of the right
-// factor, vector by vector, summed up in registers.
+// The micro-kernel of all matrix products, and the packing of factors for it. In come matrices as they lie in memory; out go
+// packed panels, and products of packed panels. The micro-kernel multiplies a few rows of the left factor, number by number,
+// by one panel of the right factor, vector by vector, and sums up in registers. head.h makes logits with it.
 //
 // Factors are words of 32 bits: float32 numbers, or (kPack = 2) pairs of bfloat16 numbers that one instruction multiplies and
 // adds. What lies in memory in half precision becomes one or the other when it is copied.
@@ -207,7 +207,7 @@ INLINE Floats load_words(const Matrix& from, const Number* line, int64_t k) {
 }
 
 // Words k..k + kPanel of lines row..row + count, line after line: a left factor along the lines.
-INLINE void copy_lines(const Matrix& from, int64_t row, int64_t count, int64_t k, float* to) {
+INLINE void pack_rows(const Matrix& from, int64_t row, int64_t count, int64_t k, float* to) {
   for (int64_t i = 0; i < count; ++i, to += kPanel) {
     const Number* const line = from.line(row + i);
     store(to, load_words(from, line, k));
@@ -217,8 +217,8 @@ INLINE void copy_lines(const Matrix& from, int64_t row, int64_t count, int64_t k
 
 // Numbers first..first + kPanel of lines row..row + count, line after line, or pair of lines after pair: a right factor across
 // the lines. Zero beyond the width, and in the place of the last pair's second line where there is none.
-INLINE void copy_panel(const Matrix& from, int64_t row, int64_t count, int64_t first, float* to) {
-  if (kPack == 1) return copy_lines(from, row, count, first, to);
+INLINE void pack_panel(const Matrix& from, int64_t row, int64_t count, int64_t first, float* to) {
+  if (kPack == 1) return pack_rows(from, row, count, first, to);
   const int64_t left = from.width - first;
   Number few[2][kPanel];
   for (int64_t i = 0; i < count; i += 2, to += kPanel) {
@@ -245,7 +245,7 @@ INLINE void transpose(Floats* lines) {
     for (int64_t j = 0; j < kLanes; ++j) lines[i][j] = values[j][i];
 }
 #else
-// A square of numbers turned: blocks of half its size change places, then blocks of a quarter, and so on.
+// A square of numbers packed: blocks of half its size change places, then blocks of a quarter, and so on.
 INLINE void transpose(Floats* lines) {
   Ints lane;
   for (int i = 0; i < kLanes; ++i) lane[i] = i;
@@ -266,7 +266,7 @@ INLINE void transpose(Floats* lines) {
 
 // Lines row..row + count as the right factor of a product along them: for each panel of lines word k of all of them, for all
 // `depth` words. Lines up to `padded` are zero.
-void copy_turned(const Matrix& from, int64_t row, int64_t count, int64_t padded, int64_t depth, float* to) {
+void pack_transposed(const Matrix& from, int64_t row, int64_t count, int64_t padded, int64_t depth, float* to) {
   for (int64_t r = 0; r < padded; r += kPanel) {
     const int64_t wide = padded - r < kPanel ? padded - r : kPanel;
     float* const panel = to + r * depth;

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The head with its loss as compiled code: calls into `fused.cpp`, which says what each field is."""
+"""The compiled library: its functions, its structures, and when it is compiled.
+
+In comes a dtype; out goes a `Library` for hidden and weight in it, or None where there cannot be one. `build.py` compiles the
+files of this folder; `plan.py` and `run.py` call what they make.
+"""
 
 from __future__ import annotations
 
@@ -11,61 +15,62 @@ import threading
 
 import torch
 
-from .build import FEWEST_LOGITS, X86, library
+from .build import X86, library
 
-MOST_THREADS = 256
+# Logits of a problem for which to compile, which takes about as long as two hundred times as many of them.
+FEWEST_LOGITS = 1 << 24
+FILES = ("vectors.h", "micro_kernel.h", "head.h", "gradients.h", "steps.cpp")
+STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _POINTER, _COUNT, _FLAG = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 
 
-class Call(ctypes.Structure):
-    """`struct Call` of `fused.cpp`, in its order."""
+class Head(ctypes.Structure):
+    """`struct Head` of `head.h`, in its order."""
 
     _fields_ = [
         *((name, _POINTER) for name in ("weight", "bias", "class_weight")),
         *((name, _COUNT) for name in ("weight_row", "weight_column", "classes", "width")),
-        ("weight_total", ctypes.c_double),
         *((name, ctypes.c_float) for name in ("inner", "outer")),
         *((name, _FLAG) for name in ("capped", "weighted")),
         ("hidden", _POINTER),
         *((name, _COUNT) for name in ("hidden_row", "hidden_column")),
         *((name, _POINTER) for name in ("index", "target")),
-        *((name, _COUNT) for name in ("first", "rows")),
         *((name, _POINTER) for name in ("prob", "hit", "uniform", "uniform_weight")),
         *((name, _POINTER) for name in ("highest", "sumexp", "target_logit", "weighted_sum")),
-        *((name, _POINTER) for name in ("d_hidden", "d_weight", "d_bias", "tiles", "shifts")),
-        *((name, _POINTER) for name in ("levels", "class_sums", "mass", "keep_hidden", "keep_weight")),
-        ("top", ctypes.c_float),
-        ("more", _FLAG),
-        *((name, _COUNT) for name in ("begin", "end", "stretch", "columns")),
-        *((name, _FLAG) for name in ("threads", "fresh")),
-        ("room", _POINTER),
+        *((name, _POINTER) for name in ("d_hidden", "d_weight", "d_bias")),
+        ("columns", _COUNT),
+        ("threads", _COUNT),
+        ("workspace", _POINTER),
     ]
 
 
-class Compiled:
-    """The functions of `fused.cpp`."""
+class Step(ctypes.Structure):
+    """`struct Step` of `head.h`, in its order."""
 
-    def __init__(self, found: ctypes.CDLL) -> None:
-        call = ctypes.POINTER(Call)
-        self.sums = _function(found.cce_sums, ctypes.c_int32, call)
-        self.weights = _function(found.cce_weights, None, call)
-        self.gradients = _function(found.cce_gradients, None, call)
-        self.room = _function(found.cce_room, ctypes.c_int64, call, ctypes.c_int32)
-        assert _function(found.cce_call_size, _COUNT)() == ctypes.sizeof(Call)
-        # Of float32 alone: gradients that are added to again and again cannot be rounded each time.
-        self.tiles, self.levels, self.kept = (
-            _function(getattr(found, name), None, call) if hasattr(found, name) else None
-            for name in ("cce_tiles", "cce_levels", "cce_kept")
-        )
+    _fields_ = [
+        *((name, _COUNT) for name in ("kind", "first", "last", "rows", "block", "begin", "end", "classes")),
+        *((name, _FLAG) for name in ("hidden", "weights", "in_weight", "unused")),
+    ]
+
+
+DONE, MORE, NOT_FINITE = range(3)  # what `cce_run` returns
+
+
+class Library:
+    """The functions of `steps.cpp`."""
+
+    def __init__(self, found: ctypes.CDLL, dtype: torch.dtype) -> None:
+        head, step = ctypes.POINTER(Head), ctypes.POINTER(Step)
+        self.run = _function(found.cce_run, _FLAG, head, step, _COUNT, ctypes.POINTER(_COUNT))
+        self.workspace = _function(found.cce_workspace, _COUNT, head, step)
+        self.rounds = dtype != torch.float32  # gradients in half precision cannot be added to: each is written once
+        sizes = [_function(f, _COUNT)() for f in (found.cce_head_size, found.cce_step_size)]
+        assert sizes == [ctypes.sizeof(Head), ctypes.sizeof(Step)]
 
 
 def _function(found, result, *arguments):  # type: ignore[no-untyped-def]
     found.restype, found.argtypes = result, arguments
     return found
-
-
-FILES = ("vectors.h", "products.h", "head.h", "gradients.h", "fused.cpp", "filter.cpp", "room.cpp")
-STORAGE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 def on_this_machine() -> bool:
@@ -85,18 +90,18 @@ def prepare(dtype: torch.dtype) -> None:
         threading.Thread(target=compile_here, args=(compiled, dtype), name="cce_fx compiler", daemon=True).start()
 
 
-def is_wanted(dtype: torch.dtype, logits: int) -> bool:
-    """Whether the code serves a problem with so many logits: a large one, or any where it was prepared.
+def serves(dtype: torch.dtype, logits: int) -> bool:
+    """Whether the code is there for a problem with so many logits: a large one, or any where it was prepared.
 
     This depends on what a program does and not on when it is compiled, so results repeat to the bit.
     """
-    return logits >= FEWEST_LOGITS or dtype in _prepared
+    return (logits >= FEWEST_LOGITS or dtype in _prepared) and compiled(dtype) is not None
 
 
 @functools.cache
-def compiled(dtype: torch.dtype) -> Compiled | None:
+def compiled(dtype: torch.dtype) -> Library | None:
     """The code for hidden and weight in `dtype`; None without a compiler, and on processors for which it was not written."""
     if dtype not in STORAGE or not on_this_machine():
         return None
     found = library(*FILES, define=f"STORAGE {STORAGE[dtype]}")
-    return None if found is None else Compiled(found)
+    return None if found is None else Library(found, dtype)
