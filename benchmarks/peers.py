@@ -22,6 +22,7 @@ from rich.progress import Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks.candidates import BARE, MODES, Bare, Call, Peer, inputs, peers
 from benchmarks.measure import free_bytes, interleaved, peak_bytes
+from benchmarks.pictures import draw_peers
 from benchmarks.store import Row, Store, describe
 from benchmarks.tables import View, bytes_text, ratio, time_text
 
@@ -80,8 +81,6 @@ def main(arguments: list[str]) -> None:
             for mode in args.modes.split(","):
                 console.print(view(store.rows, name, dtype, mode).rich())
     if args.png:
-        from benchmarks.pictures import draw_peers
-
         draw_peers(store.rows, describe(store.about), args.png)
 
 

@@ -7,6 +7,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from benchmarks.curves import AXES, curve, slope
 from benchmarks.store import Row
 from benchmarks.tables import MIB
 
@@ -47,8 +48,6 @@ def bars(axis: Any, names: list[str], values: list[float], title: str, labels: b
 
 def draw_scaling(rows: list[Row], title: str, path: Path) -> None:
     """Time and memory against N and V, on log axes, with the slopes."""
-    from benchmarks.scaling import AXES, curve, slope
-
     figure, axes = _pyplot().subplots(2, 2, figsize=(10, 7), layout="constrained")
     for column, (axis, label) in enumerate(AXES.items()):
         for line, (what, unit, factor) in enumerate((("time", "s", 1.0), ("memory", "MiB beyond the gradients", MIB))):

@@ -17,12 +17,12 @@ import torch
 from rich.console import Console
 
 from benchmarks.candidates import BARE, Bare, Peer, inputs, peers
+from benchmarks.curves import AXES, curve, slope
 from benchmarks.measure import interleaved
 from benchmarks.peers import first, keep
+from benchmarks.pictures import draw_scaling
 from benchmarks.store import Row, Store, describe
 from benchmarks.tables import View
-
-AXES = {"n": "tokens N", "v": "vocabulary V"}
 
 
 def main(arguments: list[str]) -> None:
@@ -53,8 +53,6 @@ def main(arguments: list[str]) -> None:
             point(store, key, chosen, args.rounds)
     console.print(view(store.rows).rich())
     if args.png:
-        from benchmarks.pictures import draw_scaling
-
         draw_scaling(store.rows, describe(store.about), args.png)
 
 
@@ -77,22 +75,6 @@ def point(store: Store, key: Row, chosen: list[Peer | Bare], rounds: int) -> Non
             runs[candidate.name] = run
     keep(store, key, rows, {})
     interleaved(runs, rounds, after=lambda times: keep(store, key, rows, times))
-
-
-def slope(points: list[tuple[float, float]]) -> float:
-    """Of the least-squares line through (log x, log y); NaN with fewer than two points or a y that is not positive."""
-    if len(points) < 2 or any(y <= 0 for _, y in points):
-        return math.nan
-    xs, ys = ([math.log(p[at]) for p in points] for at in (0, 1))
-    mx, my = sum(xs) / len(xs), sum(ys) / len(ys)
-    return sum((x - mx) * (y - my) for x, y in zip(xs, ys, strict=True)) / sum((x - mx) ** 2 for x in xs)
-
-
-def curve(rows: list[Row], axis: str, name: str, what: str) -> list[tuple[float, float]]:
-    """(size, value) of one implementation along an axis: `what` is "time", in the best of the rounds, or "memory"."""
-    found = [r for r in rows if r["axis"] == axis and r["implementation"] == name and r["seconds"]]
-    value = (lambda r: min(r["seconds"])) if what == "time" else (lambda r: r["peak"] - r["gradients"])
-    return sorted((r[axis], value(r)) for r in found)
 
 
 def view(rows: list[Row]) -> View:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import candidates, measure, peers, report, scale, scaling, store
+from benchmarks import candidates, curves, measure, peers, report, scale, store
 from benchmarks.__main__ import COMMANDS, main
 
 
@@ -97,12 +97,12 @@ def test_scaling_program_fits_slopes(tmp_path: Path, capsys: pytest.CaptureFixtu
     only = ["--only", "one product,eager", "--png", str(tmp_path / "a.png")]
     main([*f"scaling --n 64,128 --v 500,1000 --n-fixed 64 --v-fixed 500 --d 8 --rounds 1 --json {path}".split(), *only])
     rows = store.read(path)[2]
-    assert 0.9 < scaling.slope(scaling.curve(rows, "n", "eager", "memory")) < 1.1
+    assert 0.9 < curves.slope(curves.curve(rows, "n", "eager", "memory")) < 1.1
     assert "Slopes" in capsys.readouterr().out and (tmp_path / "a.png").stat().st_size > 10_000
 
 
 def test_slope_of_a_power() -> None:
-    assert scaling.slope([(x, 3 * x**1.5) for x in (1.0, 2.0, 8.0)]) == pytest.approx(1.5)
+    assert curves.slope([(x, 3 * x**1.5) for x in (1.0, 2.0, 8.0)]) == pytest.approx(1.5)
 
 
 def test_overhead_program_tells_the_parts_apart(tmp_path: Path) -> None:

@@ -4,5 +4,5 @@
 from .backward import backward as backward
 from .backward import forward_backward as forward_backward
 from .filtering import Filter as Filter
-from .sweep import forward as forward
-from .sweep import partial as partial
+from .forward import forward as forward
+from .forward import partial as partial

@@ -9,10 +9,10 @@ from ..spec import Grads, Needs, Norm, Problem, RowGrads, Stats
 from .chunked import chunked, held
 from .cost import make_plan
 from .filtering import Filter, make_filter
-from .head import make_head
+from .forward import forward
 from .recompute import recompute
 from .rows import select
-from .sweep import forward
+from .tuning import tuned_head
 
 
 def backward(
@@ -39,7 +39,7 @@ def backward(
         Gradients in the dtype of the inputs, contiguous. Raises ValueError for an unknown strategy.
     """
     needs = needs._replace(bias=needs.bias and problem.bias is not None)
-    head = make_head(problem)
+    head = tuned_head(problem)
     plan = make_plan(head, needs, strategy, products=products)
     if not any(needs) or 0 in (head.n, head.v, head.d):
         return _zeros(problem, needs)
@@ -65,7 +65,7 @@ def forward_backward(
     """Stats (N,), and the gradients of sum(grads * stats). Arguments as in `backward`; no shard (ValueError)."""
     possible = needs._replace(bias=needs.bias and problem.bias is not None)
     if problem.shard is None and any(possible) and problem.hidden.numel() and problem.weight.numel():
-        head = make_head(problem)
+        head = tuned_head(problem)
         plan = make_plan(head, possible, strategy, with_stats=True, products=products)
         if plan.strategy == "held":
             rows = select(problem, grads=grads)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..combine import local_class_weight, statistics_dtype
-from ..spec import Partials, Problem
-from .device import machine_of, recording
+from ..spec import Problem
+from .device import machine_of
 from .machines import Config, Machine
 from .rows import Rows
 
@@ -93,21 +93,7 @@ def make_head(problem: Problem) -> Head:
     plain = machine.config(problem.hidden.dtype)
     heavy = heavy or any(problem.weight.shape[0] % tile.cols for tile in (plain.sweep, plain.logits))
     config = machine.config(problem.hidden.dtype, heavy)
-    weights = None if weights is None else weights.contiguous()
-    if problem.tune and problem.target.numel() and not recording():
-        config = _tune(problem, machine, config, weights)
-    return Head(problem, machine, config, weights)
-
-
-def _tune(problem: Problem, machine: Machine, config: Config, weights: Tensor | None) -> Config:
-    """`config` with the tile that is fastest in a forward over at most 2048 rows."""
-    from .sweep import run
-    from .tuning import tiles_to_try, tuned
-
-    p = replace(problem, hidden=problem.hidden[:2048], target=problem.target[:2048], tune=False)
-    key = (machine.name, p.hidden.dtype, *p.weight.shape, p.smooth, p.epilogue.softcap is None, p.bias is None)
-    tiles = tiles_to_try(machine, p.hidden.dtype)
-    return tuned(config, tiles, key, lambda config: run(Head(p, machine, config, weights), Partials))
+    return Head(problem, machine, config, None if weights is None else weights.contiguous())
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:

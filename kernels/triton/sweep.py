@@ -15,9 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..combine import total_weight
-from ..spec import Partials, Problem, Stats
+from ..spec import Partials, Stats
 from .device import launch
-from .head import Head, cdiv, make_head
+from .head import Head, cdiv
 from .rows import Rows, select
 from .tile import columns, logits, product, swizzle
 
@@ -308,18 +308,3 @@ def _join_parts(head: Head, rows: Rows, parts: list[Tensor | None], kind: type[S
         BLOCK=128,
     )
     return out
-
-
-def partial(problem: Problem) -> Partials:
-    """Per-row sums (N,) over the columns of this shard, in float32 (float64 for float64). See `rows.select` for errors."""
-    return run(make_head(problem), Partials)
-
-
-def forward(problem: Problem) -> Stats:
-    """Stats (N,) of the whole vocabulary, in float32 (float64 for float64). See `rows.select` for errors.
-
-    Raises ValueError for a shard: combine the partials of all shards instead.
-    """
-    if problem.shard is not None:
-        raise ValueError("forward needs the whole vocabulary; combine the partials of all shards instead")
-    return run(make_head(problem), Stats)

@@ -118,13 +118,14 @@ def _write_gradient(
         return
     place = start + tl.arange(0, ROWS)
     kept = place < count
-    row, target, row_top, p, h, u = rows_at(place, kept, index, column, highest, prob, hit, uniform)
     c, inside, _ = columns(first_tile + tile, order, V, COLS, EVEN_COLS, ORDERED)
-    hidden_rows = hidden + row.to(tl.int64) * stride_hn
+    hidden_rows = hidden + tl.load(index + place, mask=kept, other=0).to(tl.int64) * stride_hn
     weight_rows = weight + c.to(tl.int64) * stride_wv
     x = product(
         hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
     )
+    # After the product, in whose loop they would take registers.
+    row, target, row_top, p, h, u = rows_at(place, kept, index, column, highest, prob, hit, uniform)
     dx = gradient(
         x, bias, class_weight, c[None, :], target[:, None], row_top[:, None], p[:, None], h[:, None], u[:, None],
         None if EVEN_COLS else inside[None, :], INNER, OUTER, CAPPED, uniform is not None,

@@ -5,6 +5,8 @@ inner loop of a matrix product runs on the tensor cores. A sample here, the whol
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -31,14 +33,13 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def launches(
-    machine: Machine, dtype: torch.dtype = torch.bfloat16, n: int = 8192, v: int = 128256, **how: object
+    machine: Machine, dtype: torch.dtype = torch.bfloat16, n: int = 8192, d: int = 4096, v: int = 128256, **how: object
 ) -> list[Launch]:
     """The kernels of forward and backward, of every strategy and with either product, at Llama-3's hidden size."""
     problem = Problem(
-        hidden=meta(n, 4096, dtype=dtype),
-        weight=meta(v, 4096, dtype=dtype),
+        hidden=meta(n, d, dtype=dtype),
         target=meta(n, dtype=torch.int64),
-        **{"bias": None, "ignore_index": -100, "skip_ignored": True, **how},  # type: ignore[arg-type]
+        **{"weight": meta(v, d, dtype=dtype), "bias": None, **how},  # type: ignore[arg-type]
     )
     row = meta(n, dtype=torch.float32)
     with record(machine) as found:
@@ -87,19 +88,26 @@ def test_a_vocabulary_that_ends_within_a_tile(arch: str) -> None:
     check(BY_ARCH[arch], launches(BY_ARCH[arch], n=1000, v=50257))
 
 
+VARIANTS: dict[str, Callable[[torch.dtype], dict[str, Any]]] = {
+    "plain": lambda dtype: {},
+    "softcap": lambda dtype: {"epilogue": Epilogue(1.0, 30.0, 1.0)},
+    "bias": lambda dtype: {"bias": meta(128256, dtype=dtype)},
+    "smooth": lambda dtype: {"smooth": True},
+    "class weights": lambda dtype: {"smooth": True, "class_weight": meta(128256, dtype=torch.float32)},
+    "filter": lambda dtype: {"filter_eps": 2.0**-12},
+    "all rows": lambda dtype: {"ignore_index": None},
+    "transposed weight": lambda dtype: {"weight": meta(4096, 128256, dtype=dtype).T},
+    "odd sizes": lambda dtype: {"n": 1000, "v": 50257, "d": 1001},
+}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", sorted(BY_ARCH))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("option", ["plain", "softcap", "bias", "smooth", "filter"])
-def test_every_config(arch: str, dtype: torch.dtype, option: str) -> None:
-    how = {
-        "plain": {},
-        "softcap": {"epilogue": Epilogue(1.0, 30.0, 1.0)},
-        "bias": {"bias": meta(128256, dtype=dtype)},
-        "smooth": {"smooth": True},
-        "filter": {"filter_eps": 2.0**-12},
-    }[option]
-    check(BY_ARCH[arch], launches(BY_ARCH[arch], dtype, **how), tensor_cores=dtype.itemsize == 2)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_config(arch: str, dtype: torch.dtype, variant: str) -> None:
+    found = launches(BY_ARCH[arch], dtype, **VARIANTS[variant](dtype))
+    check(BY_ARCH[arch], found, tensor_cores=dtype.itemsize == 2)
 
 
 def test_a_loop_is_all_its_blocks_wherever_they_stand() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from cce_fx.kernels import triton
-from cce_fx.kernels.triton import head, tuning
+from cce_fx.kernels.triton import tuning
 from cce_fx.kernels.triton.machines import INTERPRETER, Tile
 from tests.kernels.contract import small
 
@@ -34,17 +34,17 @@ def test_the_fastest_tile_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(tuning, "_seconds", seconds)
     p = small(v=80, tune=True)
     for _ in range(2):
-        config = head.make_head(p).config
+        config = tuning.tuned_head(p).config
         assert (config.sweep, config.logits) == (FAST, FAST)
     assert timed == [SLOW, FAST]
     torch.testing.assert_close(triton.forward(p).nll, triton.forward(replace(p, tune=False)).nll)
-    head.make_head(replace(p, bias=torch.zeros(80)))
+    tuning.tuned_head(replace(p, bias=torch.zeros(80)))
     assert len(timed) == 4, "another problem is timed anew"
 
 
 def test_nothing_is_timed_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_seconds", lambda *_: pytest.fail("timed"))
-    assert head.make_head(small()).config == INTERPRETER.config(torch.float32)
+    assert tuning.tuned_head(small()).config == INTERPRETER.config(torch.float32)
 
 
 def test_a_shape_that_does_not_fit_is_passed_over() -> None:
