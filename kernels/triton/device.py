@@ -8,14 +8,15 @@ being run, which is how the kernels are compiled ahead of time, and modelled, fo
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import functools
 import os
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import triton
 
 from .machines import BY_ARCH, INTERPRETER, Machine
 
@@ -37,7 +38,7 @@ class Recorder:
     launches: list[Launch]
 
 
-_recorder: ContextVar[Recorder | None] = ContextVar("recorder", default=None)
+_recorder: contextvars.ContextVar[Recorder | None] = contextvars.ContextVar("recorder", default=None)
 
 
 @contextlib.contextmanager
@@ -102,4 +103,13 @@ def launch(device: torch.device, kernel: Any, grid: tuple[int, ...], options: di
         return
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        kernel[grid](**args, **options)
+        # In a context of its own, so that an allocator that the program has set stays the program's.
+        contextvars.copy_context().run(_start, kernel, grid, args, options, device)
+
+
+def _start(
+    kernel: Any, grid: tuple[int, ...], args: dict[str, Any], options: dict[str, int], device: torch.device
+) -> None:
+    """Run a kernel, whose tensor descriptors take a little memory for the time that it runs."""
+    triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device=device))
+    kernel[grid](**args, **options)

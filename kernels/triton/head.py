@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..combine import local_class_weight, statistics_dtype
 from ..spec import Problem
-from .device import machine_of
+from .device import machine_of, recording
 from .machines import Config, Machine
 from .rows import Rows
 
@@ -49,6 +49,22 @@ class Head:
         """How fp32 products are made: exactly, unless torch is told that TensorFloat-32 will do."""
         fast = self.machine.backend == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return "tf32" if fast and self.problem.hidden.dtype == torch.float32 else "ieee"
+
+    def using(self, config: Config) -> Head:
+        """With other block shapes; without tensor descriptors where the tensors or the workspace do not allow them."""
+        p = self.problem
+        possible = _described(p.weight) and self.d * p.hidden.element_size() % 16 == 0 and p.filter_eps is None
+        if not possible or (p.workspace is not None and self.packed_bytes > p.workspace):
+            sweep, logits = (replace(tile, tma=False) for tile in (config.sweep, config.logits))
+            config = replace(config, sweep=sweep, logits=logits)
+        return replace(self, config=config)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of hidden with the kept rows first, for tensor descriptors; 0 where hidden itself will do."""
+        p = self.problem
+        all_kept = p.ignore_index is None or not p.skip_ignored
+        return 0 if all_kept and _described(p.hidden) else self.n * self.d * p.hidden.element_size()
 
     def args(self, rows: Rows) -> dict[str, Any]:
         """Arguments that every kernel with tiles of logits takes."""
@@ -93,7 +109,13 @@ def make_head(problem: Problem) -> Head:
     plain = machine.config(problem.hidden.dtype)
     heavy = heavy or any(problem.weight.shape[0] % tile.cols for tile in (plain.sweep, plain.logits))
     config = machine.config(problem.hidden.dtype, heavy)
-    return Head(problem, machine, config, None if weights is None else weights.contiguous())
+    return Head(problem, machine, config, None if weights is None else weights.contiguous()).using(config)
+
+
+def _described(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can load the rows of a matrix: contiguous, and each 16 bytes from an aligned address."""
+    aligned = recording() or matrix.data_ptr() % 16 == 0
+    return aligned and matrix.stride(1) == 1 and matrix.stride(0) * matrix.element_size() % 16 == 0
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -15,13 +15,17 @@ import torch
 
 @dataclass(frozen=True)
 class Tile:
-    """Shape of one matrix-product tile: (rows, cols) of the output, steps of `depth` along the sum."""
+    """Shape of one matrix-product tile: (rows, cols) of the output, steps of `depth` along the sum.
+
+    `tma` says that its factors come through tensor descriptors where they can (`Head.using`).
+    """
 
     rows: int
     cols: int
     depth: int
     warps: int
     stages: int
+    tma: bool = False
 
     @property
     def options(self) -> dict[str, int]:
