@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Makes Triton's interpreter twice as fast, for tests only."""
+"""These tests are of the GPU's kernels, on a GPU or in Triton's interpreter, which is made twice as fast for them."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from ..device import accelerator
+from .support import Kernels
+
 _call = interpreter.InterpretedFunction.__call__
-
-
 _uses: dict[Any, list[Any]] = {}
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    return accelerator()
+
+
+@pytest.fixture(scope="session")
+def kernels(device: torch.device) -> Kernels:
+    return Kernels(device)
 
 
 def _nested(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -25,7 +38,7 @@ def _nested(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _faster() -> Any:
+def _faster() -> Iterator[None]:
     interpreter.InterpretedFunction.__call__ = _nested
     yield
     interpreter.InterpretedFunction.__call__ = _call

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +14,11 @@ import torch
 from cce_fx.kernels import tiled, triton
 from cce_fx.kernels.spec import Norm, RowGrads, Shard
 from tests.kernels.contract import ALL, check, small
+
+from .support import Kernels
+
+pytestmark = pytest.mark.gpu
+ROOT = Path(__file__).parent.parent.parent
 
 
 def test_the_kernels_take_what_the_tiled_ones_take() -> None:
@@ -21,44 +29,56 @@ def test_the_kernels_take_what_the_tiled_ones_take() -> None:
 
 
 @pytest.mark.parametrize("workspace", [1, 3000, 20_000, 10**9])
-def test_scratch_memory_stays_within_the_workspace(workspace: int) -> None:
+def test_scratch_memory_stays_within_the_workspace(kernels: Kernels, workspace: int) -> None:
     p = small(40, 24, 200, torch.bfloat16, workspace=workspace)
-    head = triton.head.make_head(p)
+    head = triton.head.make_head(kernels.moved(p))
     for stats in (False, True):
         assert triton.cost.make_plan(head, ALL, with_stats=stats).scratch <= workspace
     for products in ("blas", "triton"):
-        check(p, RowGrads(torch.ones(40)), ALL, triton, products=products)
+        check(p, RowGrads(torch.ones(40)), ALL, kernels, products=products)
 
 
-def test_a_shard_alone_has_no_loss() -> None:
+def test_a_shard_alone_has_no_loss(kernels: Kernels) -> None:
     p = small(5, 8, 20, shard=Shard(0, 40))
     with pytest.raises(ValueError, match="combine the partials"):
-        triton.forward(p)
+        kernels.forward(p)
     with pytest.raises(ValueError, match="combine the partials"):
-        triton.forward_backward(p, RowGrads(torch.ones(5)), ALL)
+        kernels.forward_backward(p, RowGrads(torch.ones(5)), ALL)
 
 
-def test_unknown_names_are_refused() -> None:
+def test_unknown_names_are_refused(kernels: Kernels) -> None:
     p, rows = small(), RowGrads(torch.ones(6))
     for name in ("strategy", "products"):
         with pytest.raises(ValueError, match=f"{name} must be"):
-            triton.backward(p, Norm(rows.nll, rows.nll), rows, ALL, **{name: "fast"})
+            kernels.backward(p, Norm(rows.nll, rows.nll), rows, ALL, **{name: "fast"})
 
 
 @pytest.mark.parametrize("strategy", ["recompute", "chunked"])
-def test_all_rows_ignored_gives_zeros_whatever_the_row_gradients(strategy: str) -> None:
+def test_all_rows_ignored_gives_zeros_whatever_the_row_gradients(kernels: Kernels, strategy: str) -> None:
     p = small(bias=torch.ones(11))
     p.target.fill_(-100)
-    stats, found = triton.forward_backward(p, RowGrads(torch.full((6,), torch.nan)), ALL, strategy=strategy)
+    stats, found = kernels.forward_backward(p, RowGrads(torch.full((6,), torch.nan)), ALL, strategy=strategy)
     assert not stats.nll.any() and not any(g.any() for g in found)
 
 
+BAD_TARGET = """
+import torch
+from cce_fx.kernels import triton
+from tests.gpu.support import Kernels
+from tests.kernels.contract import small
+p = small(ignore_index=None)
+p.target[3] = {bad}
+Kernels(torch.device("{device}")).forward(p)
+"""
+
+
 @pytest.mark.parametrize("bad", [11, -1])
-def test_a_target_out_of_bounds_is_an_index_error(bad: int) -> None:
-    p = small(ignore_index=None)
-    p.target[3] = bad
-    with pytest.raises(IndexError, match=f"Target {bad} is out of bounds"):
-        triton.forward(p)
+def test_a_target_out_of_bounds_fails_as_in_eager(device: torch.device, bad: int) -> None:
+    # In a process of its own: a failed assertion on a GPU is the end of everything on it.
+    code = BAD_TARGET.format(bad=bad, device=device)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    wanted = "device-side assert" if device.type == "cuda" else f"IndexError: Target {bad} is out of bounds"
+    assert done.returncode != 0 and wanted in done.stderr
 
 
 def test_a_tensor_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,8 +87,8 @@ def test_a_tensor_of_another_device_is_refused(monkeypatch: pytest.MonkeyPatch) 
         triton.forward(small())
 
 
-def test_deterministic_may_be_asked_for_or_not() -> None:
+def test_deterministic_may_be_asked_for_or_not(kernels: Kernels) -> None:
     p, rows = small(20, 16, 70), RowGrads(torch.ones(20))
-    norm = triton.forward(p).norm
-    first, second = (triton.backward(p, norm, rows, ALL, deterministic=wanted) for wanted in (True, False))
+    norm = kernels.forward(p).norm
+    first, second = (kernels.backward(p, norm, rows, ALL, deterministic=wanted) for wanted in (True, False))
     assert torch.equal(first.weight, second.weight) and torch.equal(first.hidden, second.hidden)
