@@ -101,15 +101,22 @@ class Head:
 
 def make_head(problem: Problem) -> Head:
     """Raises NotImplementedError for a device without kernels, ValueError for an unfit `class_weight`."""
-    machine = machine_of(problem.hidden.device)
-    weights = local_class_weight(problem) if problem.smooth else None
-    heavy = problem.smooth or problem.epilogue.softcap is not None
-    heavy = heavy or problem.bias is not None or problem.filter_eps is not None
-    # Masks at the end of the vocabulary take registers too.
-    plain = machine.config(problem.hidden.dtype)
-    heavy = heavy or any(problem.weight.shape[0] % tile.cols for tile in (plain.sweep, plain.logits))
-    config = machine.config(problem.hidden.dtype, heavy)
+    p, machine = problem, machine_of(problem.hidden.device)
+    weights = local_class_weight(p) if p.smooth else None
+    aligned = p.hidden.stride(1) == 1 and all(map(_aligned, (p.hidden, p.weight)))
+    plain = machine.config(p.hidden.dtype, False, aligned)
+    (v, d), tiles = p.weight.shape, (plain.sweep, plain.logits)
+    heavy = p.smooth or p.epilogue.softcap is not None or p.bias is not None or p.filter_eps is not None
+    # Masks at the end of the vocabulary or of a row take registers too, and so do columns in the place of rows.
+    heavy = heavy or p.weight.stride(1) != 1 or any(v % t.cols or d % t.depth for t in tiles)
+    config = machine.config(p.hidden.dtype, heavy, aligned)
     return Head(problem, machine, config, None if weights is None else weights.contiguous()).using(config)
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Whether the compiler knows that 16 bytes can be loaded at once: from the strides, which it asks for multiples of 16."""
+    aligned = recording() or matrix.data_ptr() % 16 == 0
+    return aligned and 1 in matrix.stride() and max(matrix.stride()) % 16 == 0
 
 
 def _described(matrix: Tensor) -> bool:

@@ -79,9 +79,14 @@ class Machine:
     l2_rate: float
     configs: dict[str, Config] = field(repr=False, default_factory=dict)
 
-    def config(self, dtype: torch.dtype, heavy: bool = False) -> Config:
-        """Block shapes for inputs of `dtype`; `heavy` says that the tiles of logits need more than their products."""
-        config = self.configs[{torch.float64: "64", torch.float32: "32"}.get(dtype, "16")]
+    def config(self, dtype: torch.dtype, heavy: bool = False, aligned: bool = True) -> Config:
+        """Block shapes for inputs of `dtype`.
+
+        `heavy` says that the tiles of logits need more than products of rows, `aligned` that factors are loaded 16 bytes at
+        a time.
+        """
+        half = "16" if aligned else "16, unaligned"
+        config = self.configs[{torch.float64: "64", torch.float32: "32"}.get(dtype, half)]
         return replace(config, sweep=config.heavy, logits=config.heavy) if heavy else config
 
     def flops(self, dtype: torch.dtype, tf32: bool = False) -> float:
@@ -102,6 +107,8 @@ def _alike(tile: Tile, fused: Fused) -> Config:
 
 
 _SINGLE = _alike(Tile(64, 64, 16, 4, 3), Fused(32, 32, 16, 64, 4, 2))
+# Numbers of two bytes that are loaded one by one take a register each.
+_UNALIGNED = _alike(Tile(64, 64, 32, 4, 2), Fused(32, 32, 32, 64, 4, 2))
 _DOUBLE = _alike(Tile(32, 32, 16, 4, 2), Fused(32, 32, 16, 64, 4, 2))
 _A, _H, _M = Tile(128, 128, 32, 8, 4), Tile(256, 128, 64, 8, 3), Tile(256, 128, 64, 8, 2)
 _B, _C = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)
@@ -120,7 +127,7 @@ _SMALL = Config(_TEST, _TEST, _TEST, Tile(16, 32, 16, 1, 1), Fused(16, 32, 32, 3
 def _configs(name: str) -> dict[str, Config]:
     # Without fp64 tensor cores the fused kernels need twice the registers.
     double = replace(_DOUBLE, fused=Fused(32, 32, 16, 32, 8, 2)) if name == "sm_86" else _DOUBLE
-    return {"16": _HALF[name], "32": _SINGLE, "64": double}
+    return {"16": _HALF[name], "16, unaligned": _UNALIGNED, "32": _SINGLE, "64": double}
 
 
 _T, _KIB, _MIB = 1e12, 1 << 10, 1 << 20
@@ -161,5 +168,5 @@ BY_ARCH = {m.arch: m for m in (A100, RTX3090, L40S, H100, B200, MI300X)}
 INTERPRETER = Machine(
     name="interpreter", arch="cpu", backend="cpu", capability="cpu", warp=1, processors=4, shared=_MIB, l2=_MIB,
     flops16=1e9, flops32=1e9, flops_tf32=1e9, flops64=1e9, memory_rate=1e9, l2_rate=1e9,
-    configs=dict.fromkeys(("16", "32", "64"), _SMALL),
+    configs=dict.fromkeys(("16", "16, unaligned", "32", "64"), _SMALL),
 )  # fmt: skip
