@@ -11,6 +11,8 @@ from typing import TypeVar
 
 import torch
 
+from examples.support import cuda_memory
+
 T = TypeVar("T")
 
 
@@ -30,8 +32,12 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
-def allocations(run: Callable[[], T]) -> tuple[T, list[int]]:
-    """The result of a run, and every allocation on the CPU during it in bytes, in order; one released is negative."""
+def allocations(run: Callable[[], T], device: str = "cpu") -> tuple[T, list[int]]:
+    """The result of a run, and every allocation on the device during it in bytes, in order; one released is negative."""
+    if device.startswith("cuda"):
+        with cuda_memory.history() as history:
+            result = run()
+        return result, [change.bytes for change in history]
     with torch.profiler.profile(profile_memory=True, acc_events=True) as prof:
         result = run()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]

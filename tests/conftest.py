@@ -7,13 +7,14 @@ there is neither, they are deselected. A test that takes the fixture `device` ru
 
 from __future__ import annotations
 
+import contextlib
 import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from .device import INTERPRETED, accelerator
+from .device import INTERPRETED, accelerator, faster_interpreter
 
 LEFT_OUT = pytest.StashKey[int]()
 
@@ -29,6 +30,12 @@ def cuda(device: torch.device) -> torch.device:
     """A device with streams and an allocator of its own: the interpreter has none, and leaves these tests out."""
     assert device.type == "cuda"
     return device
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter() -> Iterator[None]:
+    with faster_interpreter() if INTERPRETED else contextlib.nullcontext():
+        yield
 
 
 @pytest.hookimpl(trylast=True)

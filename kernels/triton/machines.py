@@ -55,8 +55,10 @@ class Config:
     sweep: Tile  # tiles of logits in the forward: rows of hidden by columns of the vocabulary
     logits: Tile  # the same where tiles are written to scratch memory
     heavy: Tile  # instead of both, where a cap, a bias, smoothing, a filter or a mask needs registers too
+    weighted: Tile  # instead of `heavy` in the forward, where class weights need more of them
     product: Tile  # the two products of the chunked backward
     fused: Fused  # the fused kernels of the recompute backward
+    heavy_fused: Fused  # the same, where the tiles of logits are heavy
 
 
 @dataclass(frozen=True)
@@ -79,15 +81,18 @@ class Machine:
     l2_rate: float
     configs: dict[str, Config] = field(repr=False, default_factory=dict)
 
-    def config(self, dtype: torch.dtype, heavy: bool = False, aligned: bool = True) -> Config:
+    def config(self, dtype: torch.dtype, heavy: bool = False, weighted: bool = False, aligned: bool = True) -> Config:
         """Block shapes for inputs of `dtype`.
 
-        `heavy` says that the tiles of logits need more than products of rows, `aligned` that factors are loaded 16 bytes at
-        a time.
+        `heavy` says that the tiles of logits need more than products of rows, `weighted` that this includes class weights,
+        `aligned` that factors are loaded 16 bytes at a time.
         """
         half = "16" if aligned else "16, unaligned"
         config = self.configs[{torch.float64: "64", torch.float32: "32"}.get(dtype, half)]
-        return replace(config, sweep=config.heavy, logits=config.heavy) if heavy else config
+        if not heavy:
+            return config
+        sweep = config.weighted if weighted else config.heavy
+        return replace(config, sweep=sweep, logits=config.heavy, fused=config.heavy_fused)
 
     def flops(self, dtype: torch.dtype, tf32: bool = False) -> float:
         """Peak matrix rate for inputs of `dtype`."""
@@ -103,30 +108,60 @@ class Machine:
 
 
 def _alike(tile: Tile, fused: Fused) -> Config:
-    return Config(tile, tile, tile, tile, fused)
+    return Config(tile, tile, tile, tile, tile, fused, fused)
 
 
 _SINGLE = _alike(Tile(64, 64, 16, 4, 3), Fused(32, 32, 16, 64, 4, 2))
+_DOUBLE = _alike(Tile(32, 32, 16, 4, 2), Fused(32, 32, 16, 64, 4, 2))
 # Numbers of two bytes that are loaded one by one take a register each.
 _UNALIGNED = _alike(Tile(64, 64, 32, 4, 2), Fused(32, 32, 32, 64, 4, 2))
-_DOUBLE = _alike(Tile(32, 32, 16, 4, 2), Fused(32, 32, 16, 64, 4, 2))
-_A, _H, _M = Tile(128, 128, 32, 8, 4), Tile(256, 128, 64, 8, 3), Tile(256, 128, 64, 8, 2)
-_B, _C = Tile(128, 256, 64, 8, 3), Tile(128, 128, 64, 8, 4)
 _HALF = {
-    "sm_80": Config(_A, Tile(128, 256, 32, 8, 3), _A, _A, Fused(64, 64, 32, 256, 8, 3)),
+    "sm_80": Config(
+        sweep=Tile(128, 128, 32, 8, 4),
+        logits=Tile(128, 256, 32, 8, 3),
+        heavy=Tile(128, 128, 32, 8, 4),
+        weighted=Tile(128, 128, 32, 8, 4),
+        product=Tile(128, 128, 32, 8, 4),
+        fused=Fused(64, 64, 32, 256, 8, 3),
+        heavy_fused=Fused(64, 64, 32, 256, 8, 3),
+    ),
     "sm_86": _alike(Tile(128, 128, 32, 8, 3), Fused(64, 64, 32, 256, 8, 2)),
-    "sm_90": Config(_H, _H, Tile(128, 128, 64, 8, 4), Tile(128, 128, 64, 8, 3), Fused(64, 128, 64, 256, 8, 3)),
-    "sm_100": Config(_B, _B, _C, _C, Fused(64, 64, 64, 256, 8, 3)),
-    "gfx942": Config(_M, _M, Tile(128, 128, 64, 4, 2), _M, Fused(64, 64, 32, 256, 8, 2)),
+    "sm_90": Config(
+        sweep=Tile(256, 128, 64, 8, 3),
+        logits=Tile(256, 128, 64, 8, 3),
+        heavy=Tile(128, 128, 64, 8, 4),
+        weighted=Tile(128, 64, 64, 8, 4),
+        product=Tile(128, 128, 64, 8, 3),
+        fused=Fused(64, 128, 64, 256, 8, 3),
+        heavy_fused=Fused(64, 64, 64, 256, 8, 3),
+    ),
+    "sm_100": Config(
+        sweep=Tile(128, 256, 64, 8, 3),
+        logits=Tile(128, 256, 64, 8, 3),
+        heavy=Tile(128, 128, 64, 8, 4),
+        weighted=Tile(128, 64, 64, 8, 4),
+        product=Tile(128, 128, 64, 8, 4),
+        fused=Fused(64, 128, 64, 256, 8, 3),
+        heavy_fused=Fused(64, 64, 64, 128, 8, 3),
+    ),
+    "gfx942": Config(
+        sweep=Tile(256, 128, 64, 8, 2),
+        logits=Tile(256, 128, 64, 8, 2),
+        heavy=Tile(128, 128, 64, 4, 2),
+        weighted=Tile(128, 128, 64, 4, 2),
+        product=Tile(256, 128, 64, 8, 2),
+        fused=Fused(64, 64, 32, 256, 8, 2),
+        heavy_fused=Fused(64, 64, 32, 256, 8, 2),
+    ),
 }
 # The interpreter pays for every operation and not for its size.
 _TEST = Tile(16, 64, 32, 1, 1)
-_SMALL = Config(_TEST, _TEST, _TEST, Tile(16, 32, 16, 1, 1), Fused(16, 32, 32, 32, 1, 1))
+_SMALL = replace(_alike(_TEST, Fused(16, 32, 32, 32, 1, 1)), product=Tile(16, 32, 16, 1, 1))
 
 
 def _configs(name: str) -> dict[str, Config]:
     # Without fp64 tensor cores the fused kernels need twice the registers.
-    double = replace(_DOUBLE, fused=Fused(32, 32, 16, 32, 8, 2)) if name == "sm_86" else _DOUBLE
+    double = _alike(_DOUBLE.sweep, Fused(32, 32, 16, 32, 8, 2)) if name == "sm_86" else _DOUBLE
     return {"16": _HALF[name], "16, unaligned": _UNALIGNED, "32": _SINGLE, "64": double}
 
 

@@ -169,18 +169,18 @@ def add_tile(
     shift = tl.where(now == float("-inf"), 0.0, now)
     down = tl.where(highest == float("-inf"), 0.0, highest) - shift
     below = z - shift[:, None]
-    total *= tl.exp(tl.where(highest == float("-inf"), float("-inf"), down))
-    total += tl.sum(tl.exp(below), 1)
     if SMOOTH:
-        if not EVEN_COLS:
-            below = tl.where(inside[None, :], below, 0.0)
+        # Before the exponentials, so that no two tiles are needed at once.
+        finite = below if EVEN_COLS else tl.where(inside[None, :], below, 0.0)
         if class_weight is not None:
             w = tl.load(class_weight + column, mask=inside, other=0.0)
-            smooth += weights * down + tl.sum(below * w[None, :], 1)
+            smooth += weights * down + tl.sum(finite * w[None, :], 1)
             weights += tl.sum(w, 0)
         else:
-            smooth += weights * down + tl.sum(below, 1)
+            smooth += weights * down + tl.sum(finite, 1)
             weights += tl.sum(inside.to(x.dtype), 0)
+    total *= tl.exp(tl.where(highest == float("-inf"), float("-inf"), down))
+    total += tl.sum(tl.exp(below), 1)
     return now, total, at_target, smooth, weights
 
 
