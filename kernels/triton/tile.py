@@ -255,11 +255,11 @@ def rows_at(place, kept, index, column, highest, prob, hit, uniform):
 
 @triton.jit
 def negligible(dx, prob, hit, share, CLASSES: tl.constexpr):
-    """Whether every row's sum of |dx| over the tile's classes is at most that share of its coefficients.
+    """Whether every row's sum of |dx| over the tile's classes is at most that share of its coefficients (R,).
 
-    prob and hit broadcast against dx, whose axis CLASSES the classes are on. A block filter as in arXiv 2411.09009,
-    section 4.3, on sums, so that the shares of all tiles are a bound for the row. Written so that a NaN is never negligible.
+    CLASSES is the axis of dx that the classes are on. A block filter as in arXiv 2411.09009, section 4.3, on sums, so that
+    the shares of all tiles are a bound for the row. Written so that a NaN is never negligible.
     """
     scale = tl.maximum(tl.abs(prob), tl.abs(hit))
-    large = (tl.sum(tl.abs(dx), CLASSES, keep_dims=True) <= share * scale) == 0
-    return tl.max(tl.max(large.to(tl.int32), 1), 0) == 0
+    large = (tl.sum(tl.abs(dx), CLASSES) <= share * scale) == 0
+    return tl.max(large.to(tl.int32), 0) == 0

@@ -139,7 +139,7 @@ def _put_gradient(
     )  # fmt: skip
     at = tile * COLS + tl.arange(0, COLS)
     if flags is not None:
-        skip = negligible(dx, p[:, None], h[:, None], eps / tl.cdiv(V, COLS), 1)
+        skip = negligible(dx, p, h, eps / tl.cdiv(V, COLS), 1)
         tl.store(flags + block * tiles + tile, (skip == 0).to(tl.int8))
         lost = tl.where(skip, tl.abs(dx), 0.0)
         dx = tl.where(skip, 0.0, dx)
