@@ -106,10 +106,11 @@ def make_head(problem: Problem) -> Head:
     aligned = p.hidden.stride(1) == 1 and all(map(_aligned, (p.hidden, p.weight)))
     plain = machine.config(p.hidden.dtype, aligned=aligned)
     (v, d), tiles = p.weight.shape, (plain.sweep, plain.logits)
-    heavy = p.smooth or p.epilogue.softcap is not None or p.bias is not None or p.filter_eps is not None
-    # Masks at the end of the vocabulary or of a row take registers too, and so do columns in the place of rows.
-    heavy = heavy or p.weight.stride(1) != 1 or any(v % t.cols or d % t.depth for t in tiles)
-    config = machine.config(p.hidden.dtype, heavy, weights is not None, aligned)
+    mask = any(v % t.cols for t in tiles)
+    extras = [p.smooth, p.epilogue.softcap is not None, p.bias is not None, mask, p.filter_eps is not None]
+    # Masks at the end of a row take registers too, and so do columns in the place of rows.
+    heavy = any(extras) or p.weight.stride(1) != 1 or any(d % t.depth for t in tiles)
+    config = machine.config(p.hidden.dtype, heavy, weights is not None or sum(extras) > 1, aligned)
     return Head(problem, machine, config, None if weights is None else weights.contiguous()).using(config)
 
 

@@ -17,7 +17,8 @@ import torch
 class Tile:
     """Shape of one matrix-product tile: (rows, cols) of the output, steps of `depth` along the sum.
 
-    `tma` says that its factors come through tensor descriptors where they can (`Head.using`).
+    `tma` says that its factors come through tensor descriptors where they can (`Head.using`). `registers` is how many a
+    thread may have: without a number, CUDA's assembler may rather spill a few than run one program less at a time.
     """
 
     rows: int
@@ -26,10 +27,11 @@ class Tile:
     warps: int
     stages: int
     tma: bool = False
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        return _options(self.warps, self.stages, self.registers)
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,16 @@ class Fused:
     group: int
     warps: int
     stages: int
+    registers: int | None = None
 
     @property
     def options(self) -> dict[str, int]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+        return _options(self.warps, self.stages, self.registers)
+
+
+def _options(warps: int, stages: int, registers: int | None) -> dict[str, int]:
+    """The compiler's options."""
+    return {"num_warps": warps, "num_stages": stages} | ({} if registers is None else {"maxnreg": registers})
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Config:
     sweep: Tile  # tiles of logits in the forward: rows of hidden by columns of the vocabulary
     logits: Tile  # the same where tiles are written to scratch memory
     heavy: Tile  # instead of both, where a cap, a bias, smoothing, a filter or a mask needs registers too
-    weighted: Tile  # instead of `heavy` in the forward, where class weights need more of them
+    weighted: Tile  # instead of `heavy` in the forward, where class weights or two others of those need more of them
     product: Tile  # the two products of the chunked backward
     fused: Fused  # the fused kernels of the recompute backward
     heavy_fused: Fused  # the same, where the tiles of logits are heavy
@@ -84,8 +92,8 @@ class Machine:
     def config(self, dtype: torch.dtype, heavy: bool = False, weighted: bool = False, aligned: bool = True) -> Config:
         """Block shapes for inputs of `dtype`.
 
-        `heavy` says that the tiles of logits need more than products of rows, `weighted` that this includes class weights,
-        `aligned` that factors are loaded 16 bytes at a time.
+        `heavy` says that the tiles of logits need more than products of rows, `weighted` that they need much more, `aligned`
+        that factors are loaded 16 bytes at a time.
         """
         half = "16" if aligned else "16, unaligned"
         config = self.configs[{torch.float64: "64", torch.float32: "32"}.get(dtype, half)]
@@ -114,7 +122,10 @@ def _alike(tile: Tile, fused: Fused) -> Config:
 _SINGLE = _alike(Tile(64, 64, 16, 4, 3), Fused(32, 32, 16, 64, 4, 2))
 _DOUBLE = _alike(Tile(32, 32, 16, 4, 2), Fused(32, 32, 16, 64, 4, 2))
 # Numbers of two bytes that are loaded one by one take a register each.
-_UNALIGNED = _alike(Tile(64, 64, 32, 4, 2), Fused(32, 32, 32, 64, 4, 2))
+_UNALIGNED = {
+    "cuda": _alike(Tile(64, 64, 32, 4, 2, registers=255), Fused(32, 32, 32, 64, 4, 2, registers=255)),
+    "hip": _alike(Tile(64, 64, 32, 4, 2), Fused(32, 32, 32, 64, 4, 2)),
+}
 _HALF = {
     "sm_80": Config(
         sweep=Tile(128, 128, 32, 8, 4),
@@ -130,7 +141,7 @@ _HALF = {
         sweep=Tile(256, 128, 64, 8, 3),
         logits=Tile(256, 128, 64, 8, 3),
         heavy=Tile(128, 128, 64, 8, 4),
-        weighted=Tile(128, 64, 64, 8, 4),
+        weighted=Tile(128, 64, 64, 8, 4, registers=255),
         product=Tile(128, 128, 64, 8, 3),
         fused=Fused(64, 128, 64, 256, 8, 3),
         heavy_fused=Fused(64, 64, 64, 256, 8, 3),
@@ -139,10 +150,10 @@ _HALF = {
         sweep=Tile(128, 256, 64, 8, 3),
         logits=Tile(128, 256, 64, 8, 3),
         heavy=Tile(128, 128, 64, 8, 4),
-        weighted=Tile(128, 64, 64, 8, 4),
+        weighted=Tile(128, 64, 64, 8, 4, registers=255),
         product=Tile(128, 128, 64, 8, 4),
         fused=Fused(64, 128, 64, 256, 8, 3),
-        heavy_fused=Fused(64, 64, 64, 128, 8, 3),
+        heavy_fused=Fused(64, 64, 64, 256, 8, 3, registers=255),
     ),
     "gfx942": Config(
         sweep=Tile(256, 128, 64, 8, 2),
@@ -162,7 +173,12 @@ _SMALL = replace(_alike(_TEST, Fused(16, 32, 32, 32, 1, 1)), product=Tile(16, 32
 def _configs(name: str) -> dict[str, Config]:
     # Without fp64 tensor cores the fused kernels need twice the registers.
     double = _alike(_DOUBLE.sweep, Fused(32, 32, 16, 32, 8, 2)) if name == "sm_86" else _DOUBLE
-    return {"16": _HALF[name], "16, unaligned": _UNALIGNED, "32": _SINGLE, "64": double}
+    return {
+        "16": _HALF[name],
+        "16, unaligned": _UNALIGNED["hip" if name.startswith("gfx") else "cuda"],
+        "32": _SINGLE,
+        "64": double,
+    }
 
 
 _T, _KIB, _MIB = 1e12, 1 << 10, 1 << 20
