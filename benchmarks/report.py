@@ -82,7 +82,7 @@ VIEWS = {
     "scaling": lambda rows: [scaling.view(rows)],
     "overhead": overhead.views,
     "gpu": gpu.views,
-    "static_gpu": static_gpu.views,
+    "static_gpu": static_gpu.page_views,
     "tune": tune.views,
 }
 PICTURES = {"peers": draw_peers, "scaling": draw_scaling, "gpu": gpu.draw}

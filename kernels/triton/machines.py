@@ -110,6 +110,14 @@ class Machine:
             return self.flops_tf32 if tf32 else self.flops32
         return self.flops16
 
+    def through_tma(self) -> Machine:
+        """The same machine with tiles of logits that are loaded through tensor descriptors, where it has the engine."""
+        if self.arch not in _TMA:
+            return self
+        half = self.configs["16"]
+        tiles = {name: replace(getattr(half, name), tma=True) for name in _TILES} | _TMA[self.arch]
+        return replace(self, configs={**self.configs, "16": replace(half, **tiles)})
+
     def like(self, name: str, processors: int, shared: int, l2: int) -> Machine:
         """The same machine with what the driver says of it."""
         return replace(self, name=name, processors=processors, shared=shared, l2=l2)
@@ -165,6 +173,9 @@ _HALF = {
         heavy_fused=Fused(64, 64, 32, 256, 8, 2),
     ),
 }
+# By architecture with tensor descriptors: the tiles of logits that differ from the others then.
+_TILES = ("sweep", "logits", "heavy", "weighted")
+_TMA = {"sm_90": {}, "sm_100": {"sweep": Tile(128, 256, 64, 8, 2, tma=True)}, "cpu": {}}
 # The interpreter pays for every operation and not for its size.
 _TEST = Tile(16, 64, 32, 1, 1)
 _SMALL = replace(_alike(_TEST, Fused(16, 32, 32, 32, 1, 1)), product=Tile(16, 32, 16, 1, 1))
@@ -208,14 +219,19 @@ B200 = Machine(
     flops16=2250 * _T, flops32=75 * _T, flops_tf32=1100 * _T, flops64=37 * _T, memory_rate=7.7 * _T,
     l2_rate=10 * _T, configs=_configs("sm_100"),
 )  # fmt: skip
+RTX5090 = Machine(
+    name="RTX 5090", arch="sm_120", backend="cuda", capability=120, warp=32, processors=170, shared=99 * _KIB,
+    l2=96 * _MIB, flops16=210 * _T, flops32=105 * _T, flops_tf32=105 * _T, flops64=1.6 * _T, memory_rate=1.79 * _T,
+    l2_rate=5 * _T, configs=_configs("sm_86"),
+)  # fmt: skip
 MI300X = Machine(
     name="MI300X", arch="gfx942", backend="hip", capability="gfx942", warp=64, processors=304, shared=64 * _KIB,
     l2=256 * _MIB, flops16=1307 * _T, flops32=163 * _T, flops_tf32=653 * _T, flops64=163 * _T, memory_rate=5.3 * _T,
     l2_rate=14 * _T, configs=_configs("gfx942"),
 )  # fmt: skip
-MACHINES = {m.name: m for m in (A100, RTX3090, L40S, H100, H200, B200, MI300X)}
+MACHINES = {m.name: m for m in (A100, RTX3090, L40S, H100, H200, B200, RTX5090, MI300X)}
 # The machine that stands for each architecture where the driver's figures are not asked.
-BY_ARCH = {m.arch: m for m in (A100, RTX3090, L40S, H100, B200, MI300X)}
+BY_ARCH = {m.arch: m for m in (A100, RTX3090, L40S, H100, B200, RTX5090, MI300X)}
 INTERPRETER = Machine(
     name="interpreter", arch="cpu", backend="cpu", capability="cpu", warp=1, processors=4, shared=_MIB, l2=_MIB,
     flops16=1e9, flops32=1e9, flops_tf32=1e9, flops64=1e9, memory_rate=1e9, l2_rate=1e9,
