@@ -2,8 +2,8 @@
 """What the supported machines offer, and the block shapes that suit them.
 
 Peak rates are the vendors' dense figures; the bandwidth of the last-level cache is an estimate. The block shapes were
-chosen by the compiler's resource figures (`benchmarks/static_gpu.py`: no spills, shared memory within the device's,
-two programs per multiprocessor where the tile allows it), not by timing: no such machine was at hand.
+chosen by the compiler's resource figures with triton 3.6 and 3.9 (`benchmarks/static_gpu.py`: no spills, shared memory within
+the device's), not by timing: no such machine was at hand. `python -m benchmarks tune` finds others by time.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 import torch
+import triton
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,9 @@ class Machine:
         return replace(self, name=name, processors=processors, shared=shared, l2=l2)
 
 
+_TRITON = tuple(int(x) for x in triton.__version__.split(".")[:2])
+
+
 def _alike(tile: Tile, fused: Fused) -> Config:
     return Config(tile, tile, tile, tile, tile, fused, fused)
 
@@ -136,7 +140,8 @@ _UNALIGNED = {
 }
 _HALF = {
     "sm_80": Config(
-        sweep=Tile(128, 128, 32, 8, 4),
+        # triton 3.6 keeps two values less in registers, which is what the larger tile lacks later.
+        sweep=Tile(128, 256, 32, 8, 2) if _TRITON < (3, 7) else Tile(128, 128, 64, 8, 3),
         logits=Tile(128, 256, 32, 8, 3),
         heavy=Tile(128, 128, 32, 8, 4),
         weighted=Tile(128, 128, 32, 8, 4),
