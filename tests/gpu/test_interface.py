@@ -13,6 +13,7 @@ import torch
 
 from cce_fx.kernels import tiled, triton
 from cce_fx.kernels.spec import Norm, RowGrads, Shard
+from cce_fx.kernels.triton.device import nearest
 from tests.kernels.contract import ALL, check, small
 
 from .support import Kernels
@@ -92,3 +93,24 @@ def test_deterministic_may_be_asked_for_or_not(kernels: Kernels) -> None:
     norm = kernels.forward(p).norm
     first, second = (kernels.backward(p, norm, rows, ALL, deterministic=wanted) for wanted in (True, False))
     assert torch.equal(first.weight, second.weight) and torch.equal(first.hidden, second.hidden)
+
+
+CARDS = {
+    ("NVIDIA H200", 90, 227): "H200",
+    ("NVIDIA A100-SXM4-80GB", 80, 163): "A100",
+    ("NVIDIA GeForce RTX 4090", 89, 99): "L40S",
+    ("NVIDIA GeForce RTX 5070", 120, 99): "RTX 5090",
+    ("NVIDIA GB10", 121, 99): "RTX 5090",
+    ("NVIDIA B300", 103, 227): "B200",
+    ("Tesla T4", 75, 64): "RTX 3090",
+    ("AMD Instinct MI300X", "gfx942", 64): "MI300X",
+    ("AMD Instinct MI355X", "gfx950", 160): "MI300X",
+}
+
+
+@pytest.mark.parametrize("card", CARDS, ids=lambda card: card[0])
+def test_every_card_has_block_shapes_that_fit(card: tuple[str, int | str, int]) -> None:
+    name, arch, kib = card
+    found = nearest(name, arch, kib << 10)
+    assert found.name == CARDS[card]
+    assert found.shared <= kib << 10 or arch == 75  # older than all of the table
