@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from .device import INTERPRETED, accelerator, faster_interpreter
+from .device import INTERPRETED, accelerator, faster_interpreter, larger_tiles
 
 LEFT_OUT = pytest.StashKey[int]()
 
@@ -35,6 +35,12 @@ def cuda(device: torch.device) -> torch.device:
 @pytest.fixture(autouse=True, scope="session")
 def _interpreter() -> Iterator[None]:
     with faster_interpreter() if INTERPRETED else contextlib.nullcontext():
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _tiles() -> Iterator[None]:
+    with larger_tiles() if INTERPRETED else contextlib.nullcontext():
         yield
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -39,3 +40,19 @@ def faster_interpreter() -> Iterator[None]:
         yield
     finally:
         InterpretedFunction.__call__ = call
+
+
+@contextlib.contextmanager
+def larger_tiles() -> Iterator[None]:
+    """Tiles in the interpreter, which takes as long for a large one, of the size that a GPU's are."""
+    from cce_fx.kernels.triton import device
+    from cce_fx.kernels.triton.machines import Config, Fused, Tile
+
+    tile, fused = Tile(128, 1024, 64, 1, 1), Fused(128, 512, 64, 64, 1, 1)
+    config = Config(tile, tile, tile, tile, Tile(128, 64, 256, 1, 1), fused, fused)
+    before = device.INTERPRETER
+    device.INTERPRETER = replace(before, configs=dict.fromkeys(before.configs, config))
+    try:
+        yield
+    finally:
+        device.INTERPRETER = before

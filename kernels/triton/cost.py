@@ -78,12 +78,19 @@ def scratch_limit(head: Head) -> int:
     """
     if head.problem.workspace is not None:
         return head.problem.workspace
-    return default_scratch(head.n, head.d, head.v, head.problem.hidden.element_size())
+    return _default_limit(head.n, head.d, head.v, head.problem.hidden.element_size())
+
+
+def _default_limit(n: Any, d: Any, v: Any, item: int, largest: Any = max, smallest: Any = min) -> Any:
+    return _sums_bytes(n, d, item) + largest(DEFAULT_LEAST, smallest(DEFAULT_MOST, n * v * item // 8))
 
 
 def default_scratch(n: Any, d: Any, v: Any, item: int, largest: Any = max, smallest: Any = min) -> Any:
-    """`scratch_limit` where nobody says otherwise; sizes may be symbols, with the `largest` and `smallest` of two."""
-    return _sums_bytes(n, d, item) + largest(DEFAULT_LEAST, smallest(DEFAULT_MOST, n * v * item // 8))
+    """What is held of the default `scratch_limit`: all logits, where they fit, in the dtype of the inputs.
+
+    Sizes may be symbols, with the `largest` and `smallest` of two.
+    """
+    return smallest(n * v * item, _default_limit(n, d, v, item, largest, smallest))
 
 
 def _sums_bytes(n: Any, d: Any, item: int) -> Any:

@@ -18,3 +18,8 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def kernels(device: torch.device) -> Kernels:
     return Kernels(device)
+
+
+@pytest.fixture(autouse=True)
+def _tiles() -> None:
+    """The interpreter's own small tiles, so that small problems have several."""
