@@ -50,11 +50,11 @@ class Largest(TorchDispatchMode):
 
 
 @pytest.fixture
-def setup() -> tuple[Model, Callable[..., Any], Tensor, Tensor]:
+def setup(device: torch.device) -> tuple[Model, Callable[..., Any], Tensor, Tensor]:
     torch.manual_seed(0)
     torch._dynamo.reset()
-    model = Model()
-    x, y = torch.randn(3, 7, D), torch.randint(0, V, (3, 7))
+    model = Model().to(device)
+    x, y = torch.randn(3, 7, D).to(device), torch.randint(0, V, (3, 7)).to(device)
     y[0, :3] = -100
     return model, torch.compile(model, backend="cce", options={"inner": "aot_eager"}), x, y
 
@@ -95,8 +95,8 @@ STAYS = {
     "float": lambda z: z.float(),
     "half": lambda z: z.half(),
     "to dtype": lambda z: z.to(torch.bfloat16),
-    "to device": lambda z: z.to("cpu"),
-    "to both": lambda z: z.to(device="cpu", dtype=torch.float64),
+    "to device": lambda z: z.to(z.device),
+    "to both": lambda z: z.to(device=z.device, dtype=torch.float64),
     "detach": lambda z: z.detach(),
     "clone": lambda z: z.clone(),
     "contiguous": lambda z: z.contiguous(),
@@ -135,7 +135,7 @@ READS = {
     "einsum": lambda z: torch.einsum("btv->bt", z),
     "argmax over rows": lambda z: z.argmax(0),
     "tolist": lambda z: torch.tensor(z.tolist()),
-    "numpy": lambda z: torch.from_numpy(z.detach().numpy().copy()),
+    "numpy": lambda z: torch.from_numpy(z.detach().cpu().numpy().copy()),
     "data": lambda z: z.data,
 }
 BLOCKS = {
@@ -299,7 +299,7 @@ def test_what_was_read_before_the_step_stays(setup: Any) -> None:
 def test_in_place_changes_show_in_the_logits_and_their_views(setup: Any) -> None:
     model, compiled, x, _ = setup
     with torch.no_grad():
-        _, lazy = compiled(x, torch.zeros(3, 7, dtype=torch.long))
+        _, lazy = compiled(x, torch.zeros(3, 7, dtype=torch.long, device=x.device))
         view, other = lazy[0], lazy.float()
         lazy[0] = 0
         assert not (view + 0).any() and not (lazy[0] + 0).any() and not (other[0] + 0).any()
@@ -421,7 +421,9 @@ LOSSES = {
     ).mean(),
     "z-loss": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1)) + 1e-3 * z.logsumexp(-1).square().mean(),
     "label smoothing of the Trainer": lambda z, y: _smoothed(-F.log_softmax(z, dim=-1), y),
-    "class weights": lambda z, y: F.cross_entropy(z.view(-1, V), y.view(-1), weight=torch.linspace(0.5, 2, V)),
+    "class weights": lambda z, y: F.cross_entropy(
+        z.view(-1, V), y.view(-1), weight=torch.linspace(0.5, 2, V, device=z.device)
+    ),
 }
 
 

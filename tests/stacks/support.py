@@ -34,7 +34,7 @@ CCE: dict[str, Any] = {"backend": "cce", "options": {"inner": "aot_eager"}}
 
 @dataclass(frozen=True)
 class Allocations:
-    """What a call allocated on the CPU, as the profiler was told by torch's allocator."""
+    """What a call allocated on its device, as torch's allocator tells."""
 
     largest: int  # bytes of the largest single allocation
     result: Any
@@ -45,11 +45,11 @@ class Allocations:
         return self.largest >= LOGITS_BYTES // 2
 
 
-def allocations(run: Callable[[], Any]) -> Allocations:
+def allocations(run: Callable[[], Any], device: torch.device | str = "cpu") -> Allocations:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the profiler's own, of clearing events
-        result, changes = measure.allocations(run)
-    return Allocations(max(changes), result)
+        result, changes = measure.allocations(run, str(device))
+    return Allocations(max(changes, default=0), result)
 
 
 def llama(**config: Any) -> nn.Module:
