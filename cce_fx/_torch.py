@@ -53,7 +53,8 @@ NAMES: dict[str, Private] = {
     "FakeTensorMode": Private("torch._subclasses.fake_tensor:FakeTensorMode", "computes example values without data"),
     "detect_fake_mode": Private("torch._guards:detect_fake_mode", "the mode that a graph's inputs were made in"),
     "ShapeEnv": Private(
-        "torch.fx.experimental.symbolic_shapes:ShapeEnv", "what is known of sizes that are symbols; nothing may be added"
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv",
+        "what is known of sizes that are symbols; nothing may be added",
     ),
     "statically_known_true": Private(
         "torch.fx.experimental.symbolic_shapes:statically_known_true", "compares sizes without adding a guard"

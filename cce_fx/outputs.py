@@ -123,7 +123,9 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], options: Opt
         places = tuple(index for index, node in members if node is base)
         linear = found.views[base].linear.name
         autocast = autocast_at(found.views[base].linear)
-        made.append(LazyOutput(places, linear, chain, sources, tuple(views), autocast, *_layout(base, found.views[base])))
+        made.append(
+            LazyOutput(places, linear, chain, sources, tuple(views), autocast, *_layout(base, found.views[base]))
+        )
     output.args = (tuple(results),)
     if "example_value" in output.meta:
         output.meta["example_value"] = tuple(value_of(r) for r in results)

@@ -55,7 +55,9 @@ class Call:
     def run(self, lazy: bool, traced: bool) -> Any:
         """Results, the replaced tensor afterwards, and the gradient of what it is made from; or the type of the exception."""
         given = self.leaves[self.at]
-        leaves = [x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in self.leaves]
+        leaves = [
+            x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in self.leaves
+        ]
         hidden = (given.detach() / 2).requires_grad_(given.requires_grad)
         z = LazyLogits.make(HeadChain(hidden, (), _CHAIN)) if lazy else hidden * 2.0
         leaves[self.at] = z
@@ -70,7 +72,9 @@ class Call:
             total = [x.abs().double().sum() for x in results if x.requires_grad and x.layout == torch.strided]
             if total:
                 sum(total).backward()
-            plain = tree_map(lambda x: (x + 0).detach() if isinstance(x, Tensor) and x.dtype.is_floating_point else x, found)
+            plain = tree_map(
+                lambda x: (x + 0).detach() if isinstance(x, Tensor) and x.dtype.is_floating_point else x, found
+            )
             return plain, (z + 0).detach(), hidden.grad
         except Exception as error:  # compared
             return type(error), str(error)

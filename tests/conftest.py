@@ -68,6 +68,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
             f"no GPU: {left} tests left out; `TRITON_INTERPRET=1 python -m pytest -m gpu` runs them on CPU tensors"
         )
 
+
 # Wherever a graph is compiled, here or in a process that a test starts, the pass has to leave the program's guards alone.
 os.environ["CCE_FX_DEBUG"] = "1"
 

@@ -17,13 +17,11 @@ import io
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
 
 # Statements on the hidden states h (B, T, D); `self` has buffers `count` () and `mean` (D,).
 BEFORE = [
@@ -222,7 +220,9 @@ def surroundings(draw: st.DrawFn) -> Surrounding:
     if draw(st.integers(0, 3)) == 0 and "loss" in returned:
         forward.append(one(AFTER))
     if draw(st.integers(0, 4)) == 0:
-        forward.insert(draw(st.integers(1, len(forward))), "with torch.autocast('cpu', torch.bfloat16): h = self.body(h)")
+        forward.insert(
+            draw(st.integers(1, len(forward))), "with torch.autocast('cpu', torch.bfloat16): h = self.body(h)"
+        )
     forward.append(returned)
     body = []
     if draw(st.integers(0, 2)) == 0:
@@ -270,7 +270,9 @@ def run(program: Surrounding, backend: str | None, dtype: torch.dtype, options: 
         values = list(value) if isinstance(value, (list, tuple)) else [value]
         logged.extend(None if v is None else (v * 1).detach().clone() for v in values)
 
-    call = model if backend is None else torch.compile(model, backend=backend, **({"options": options} if options else {}))
+    call = (
+        model if backend is None else torch.compile(model, backend=backend, **({"options": options} if options else {}))
+    )
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
@@ -321,7 +323,11 @@ def _far(ours: Any, exact: Any, eager: Any, theirs: Any, low: bool) -> str:
     own = max(float((c - b).abs().max()), float((t - b).abs().max())) if b.numel() else 0.0
     error = float((a - b).abs().max()) if b.numel() else 0.0
     allowed = 3.0 * own + (3e-2 if low else 2e-5) * size
-    return "" if error <= allowed or (a.isnan() == b.isnan()).all() and a.isnan().any() else f"off by {error:.3g} of {size:.3g}, {own:.3g} in eager"
+    return (
+        ""
+        if error <= allowed or ((a.isnan() == b.isnan()).all() and a.isnan().any())
+        else f"off by {error:.3g} of {size:.3g}, {own:.3g} in eager"
+    )
 
 
 def main() -> int:
@@ -332,11 +338,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inner", default="inductor")
     args = parser.parse_args()
-    seen, wrong, raised = [0], [0], [0]
+    seen, wrong = [0], [0]
     begin = time.time()
 
     @given(surroundings())
-    @settings(max_examples=args.count, deadline=None, database=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=args.count,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @seed(args.seed)
     def look(program: Surrounding) -> None:
         seen[0] += 1

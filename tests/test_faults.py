@@ -102,9 +102,7 @@ def check_as_it_was(model: Model, call: Callable[..., Any], steps: int = 2, inne
 
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
-def test_the_program_runs_as_it_was(
-    name: str, inner: str, monkeypatch: pytest.MonkeyPatch, told: list[str]
-) -> None:
+def test_the_program_runs_as_it_was(name: str, inner: str, monkeypatch: pytest.MonkeyPatch, told: list[str]) -> None:
     owner, attribute, stage = STAGES[name]
     model = Model()
     call = torch.compile(model, backend="cce", options={"inner": inner})

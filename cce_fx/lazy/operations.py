@@ -121,6 +121,7 @@ def _shares(value: Any, memory: set[int]) -> bool:
 # They show a tensor's memory, or belong to one tensor and not to its values.
 _OF_ONE_TENSOR = {Tensor.data_ptr, *WATCH, Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad_fn.__get__}
 
+
 def _on_meta(lazy: LazyLogits, dtype: torch.dtype | None = None) -> Tensor:
     """Shape and strides without memory."""
     like = lazy.state.like
@@ -140,7 +141,9 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
         args = (args[0], args[1].clone())  # the program may change its own
     like, autocast = _on_meta(lazy), autocast_of(lazy.device)
     if autocast is not None and name in _CALCULATIONS:
-        like = like.to(_cast_by_autocast(func, like.dtype, like.dim(), lazy.device, autocast, args, tuple(kwargs.items())))
+        like = like.to(
+            _cast_by_autocast(func, like.dtype, like.dim(), lazy.device, autocast, args, tuple(kwargs.items()))
+        )
     made = func(like, *(a.to("meta") if isinstance(a, Tensor) else a for a in args), **kwargs)
     if not isinstance(made, Tensor) or not made.dtype.is_floating_point:
         return NotImplemented
@@ -152,7 +155,13 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
 
 @functools.cache
 def _cast_by_autocast(
-    func: Callable[..., Any], dtype: torch.dtype, dim: int, device: torch.device, autocast: torch.dtype, args: Any, kwargs: Any
+    func: Callable[..., Any],
+    dtype: torch.dtype,
+    dim: int,
+    device: torch.device,
+    autocast: torch.dtype,
+    args: Any,
+    kwargs: Any,
 ) -> torch.dtype:
     """The dtype that autocast, which knows no meta tensors, has an operation calculate in."""
     with under(device, autocast), torch.no_grad():

@@ -140,7 +140,9 @@ def _operator(name: str) -> Callable[..., Any]:
 
 
 # Dynamo reads Python's in-place operators of a class like this one by calling the method, and the method by the operator.
-for _name in (f"__{name}__" for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor")):
+for _name in (
+    f"__{name}__" for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "iand", "ior", "ixor")
+):
     setattr(LazyLogits, _name, _operator(_name))
 
 

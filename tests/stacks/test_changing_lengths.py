@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from .support import BATCH, CCE, LENGTH, TRAINER, VOCAB, Tokens, allocations, assert_same_weights, llama, tokenizer
+from .support import BATCH, LENGTH, TRAINER, VOCAB, Tokens, allocations, assert_same_weights, llama, tokenizer
 
 STEPS = 5
 SETTINGS = TRAINER | {"max_steps": STEPS}
@@ -115,9 +115,11 @@ def test_the_trainer(tmp_path: Path, optimizer: str) -> None:
         settings = SETTINGS | {"output_dir": str(tmp_path), "optim": optimizer, "learning_rate": rate}
         return trained(
             keeping(Trainer)(
-                model=model, args=TrainingArguments(**settings), train_dataset=rows(),
+                model=model,
+                args=TrainingArguments(**settings),
+                train_dataset=rows(),
                 data_collator=DataCollatorForSeq2Seq(tokenizer(), padding=True),
-            )  # fmt: skip
+            )
         )
 
     check(train)
@@ -130,14 +132,20 @@ def test_sft(tmp_path: Path) -> None:
         model = llama()
         compile(model)
         settings = SETTINGS | {
-            "output_dir": str(tmp_path), "max_length": LENGTH, "bf16": False, "gradient_checkpointing": False,
-            "dataset_kwargs": {"skip_prepare_dataset": True}, "label_smoothing_factor": 0.1,
-        }  # fmt: skip
+            "output_dir": str(tmp_path),
+            "max_length": LENGTH,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "label_smoothing_factor": 0.1,
+        }
         return trained(
             keeping(SFTTrainer)(
-                model=model, args=SFTConfig(**settings), train_dataset=Dataset.from_list(rows()),
+                model=model,
+                args=SFTConfig(**settings),
+                train_dataset=Dataset.from_list(rows()),
                 processing_class=tokenizer(),
-            )  # fmt: skip
+            )
         )
 
     check(train)
@@ -217,9 +225,14 @@ def test_lightning(tmp_path: Path) -> None:
     def train(compile: Any) -> Any:
         module = Lit(compile)
         lightning.Trainer(
-            max_steps=STEPS, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, default_root_dir=tmp_path,
-        ).fit(module, loader())  # fmt: skip
+            max_steps=STEPS,
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            default_root_dir=tmp_path,
+        ).fit(module, loader())
         return module.model, module.losses, module.read
 
     check(train)

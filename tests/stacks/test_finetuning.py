@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from .support import CCE, LENGTH, TRAINER, VOCAB, WIDTH, Tokens, allocations, assert_same_weights, batch, llama, tokenizer
+from .support import (
+    CCE,
+    LENGTH,
+    TRAINER,
+    VOCAB,
+    WIDTH,
+    Tokens,
+    allocations,
+    assert_same_weights,
+    batch,
+    llama,
+    tokenizer,
+)
 
 
 def sft(folder: Path, compiled: bool, model: nn.Module | None = None, **arguments: Any) -> SFTTrainer:
