@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from cce_fx.op import gpu_kernels
+from cce_fx.kernels.choose import on_gpu
 
 from .device import INTERPRETED
 from .stacks.support import allocations
@@ -101,7 +101,7 @@ def assert_step_as_eager(model: nn.Module, call: Any, loss: Callable[..., Tensor
         error, size = (ours[name] - g).abs().max(), g.abs().max()
         assert error <= rtol * size, f"{name}: off by {error:.3g} of {size:.3g}"
     # A GPU's kernel takes as many bytes for a workspace as these logits have.
-    assert counters["cce_fx"]["rewritten"] if gpu_kernels(device) else found.largest < LOGITS_BYTES // 2
+    assert counters["cce_fx"]["rewritten"] if on_gpu(device) else found.largest < LOGITS_BYTES // 2
 
 
 # --- how it is compiled -----------------------------------------------------------------------------------------------
@@ -269,7 +269,7 @@ def test_perplexity_of_a_long_text_without_logits(mode: Callable[[], Any], devic
         call(x, y)
         found = allocations(lambda: call(x, y), device)
         torch.testing.assert_close(found.result, model(x, y))
-    assert found.largest < 4 * LOGITS_BYTES // 4 or gpu_kernels(device)
+    assert found.largest < 4 * LOGITS_BYTES // 4 or on_gpu(device)
 
 
 # --- around the model -------------------------------------------------------------------------------------------------
@@ -283,7 +283,7 @@ def test_two_models_in_one_process() -> None:
 
 
 def test_two_models_trained_by_two_threads(device: torch.device) -> None:
-    if INTERPRETED and gpu_kernels(device):
+    if INTERPRETED and on_gpu(device):
         pytest.skip("Triton's interpreter takes one thread at a time")
     models = [Model().to(device), Model(tied=True).to(device)]
     calls = [compiled(models[0]), torch.compile(models[1], backend="cce", options=INNER)]
