@@ -55,6 +55,9 @@ NAMES: dict[str, Private] = {
     "decomposition_table": Private(
         "torch._decomp:decomposition_table", "what an operation means in terms of others, for those without a rule"
     ),
+    "disable_modes": Private(
+        "torch.utils._python_dispatch:_disable_current_modes", "reads a number that an operation was given as a tensor"
+    ),
     "ShapeEnv": Private(
         "torch.fx.experimental.symbolic_shapes:ShapeEnv",
         "what is known of sizes that are symbols; nothing may be added",

@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..._torch import FakeTensorMode, OpOverload, decomposition_table
+from ..._torch import FakeTensorMode, OpOverload, decomposition_table, disable_modes
 from ..values import Operand
 from .axes import Dim, NotByRows, distinct, fresh
 
@@ -150,10 +150,12 @@ class Recorder(TorchDispatchMode):
         if id(fake) in self._changed:
             raise NotByRows(self._changed[id(fake)])
         if id(fake) not in self._values:
-            constant = getattr(fake, "constant", None)
+            constant = fake if type(fake) is Tensor else getattr(fake, "constant", None)
             if constant is None or constant.dim():
                 raise NotByRows("a constant tensor of the program's own")
-            made = Made("aten.full.default", (Shape(()), constant.item()), {"dtype": fake.dtype})
+            with disable_modes():
+                number = constant.item()
+            made = Made("aten.full.default", (Shape(()), number), {"dtype": fake.dtype})
             self.enter(fake, Value([], fake.dtype, made))
         return self._values[id(fake)]
 
