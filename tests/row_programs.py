@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-D = 6
+D = 1
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ def draw(seed: int, mixes: bool = False) -> Program:
     return Program(
         heads=tuple(r.random() < 0.5 for _ in range(r.randint(1, 3))),
         shape=shape,
-        classes=r.choice([10, 16, 23]),
+        classes=r.choice([50, 56, 64]),
         dtype=r.choice([torch.float32, torch.float32, torch.float64, torch.bfloat16]),
         steps=steps,
         reduction=r.choice(list(REDUCTIONS)),

@@ -28,7 +28,8 @@ def test_form(form: Form, device: torch.device) -> None:
         assert watch.largest() < forms.B * (forms.T - 1) * forms.V
         return
     report = cce_fx.explain(form.function(), *tensors, options=Options(min_vocab=0))
-    if form.verdict == "rewritten":
+    if form.verdict in ("kernel", "rows"):
+        assert {r.tier for r in report.rewritten} == {form.verdict}, report
         assert watch.rewritten >= 1 and not report.declined, report
         rows, two_weights = forms.B * (forms.T - 1), 2 * forms.V * forms.D
         allowed = {"one-hot": rows * forms.V * 2}.get(form.name.split()[0], 0)  # the program's own one-hot tensor

@@ -114,10 +114,12 @@ def check_drawn(program: Program) -> bool:
         return max(found)
 
     model_in_double = copy.deepcopy(model).double()
+    # Gradients that are zero but for rounding are rounded like the others.
+    size = max(float(t.abs().nan_to_num(0, 0, 0).max()) for t in exact if t is not None and t.is_floating_point())
     for number, (e, a, o) in enumerate(zip(exact, eager, ours, strict=True)):
         if a is not None and not a.isfinite().all():
             continue  # a program without a meaning
-        assert_no_worse(f"result {number}", e, a, o, 512, nearby=lambda n=number: nearby(n))
+        assert_no_worse(f"result {number}", e, a, o, 64, size / 64, nearby=lambda n=number: nearby(n))
     return bool(counters["cce_fx"]["rewritten"])
 
 
