@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the ones that annotations use
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
     from torch.fx.proxy import GraphAppendingTracer as GraphAppendingTracer
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 OLDEST = "2.11"  # the oldest torch that is supported and tested
 
@@ -103,6 +104,13 @@ NAMES: dict[str, Private] = {
     "check": Private("torch:_check", "conditions on sizes that may be symbols"),
     "DisableTorchFunctionSubclass": Private("torch._C:DisableTorchFunctionSubclass", "asks a lazy tensor itself"),
     "disable_dynamo": Private("torch:_disable_dynamo", "`torch.compiler.disable` that does not load Dynamo"),
+    "make_fx": Private("torch.fx.experimental.proxy_tensor:make_fx", "a block of rows with its gradient as one graph"),
+    "inductor_compile": Private("torch._inductor:compile", "compiles that graph"),
+    "TorchDispatchMode": Private(
+        "torch.utils._python_dispatch:TorchDispatchMode", "sees the aten operations below a graph's functions"
+    ),
+    "tree_leaves": Private("torch.utils._pytree:tree_leaves", "tensors among arguments and results"),
+    "tree_map_only": Private("torch.utils._pytree:tree_map_only", "the same"),
     "tree_iter": Private("torch.utils._pytree:tree_iter", "lazy tensors among arguments"),
     "tree_map": Private("torch.utils._pytree:tree_map", "the same"),
 }
@@ -131,6 +139,7 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
     ("torch.distributed.tensor:DTensor", "_local_tensor"): "whether a DTensor's piece is fake",
     ("torch.fx:Node", "_erased"): "whether a node is still in its graph",
     ("torch._ops:OpOverload", "_schema"): "an operator's name and which arguments it writes to",
+    ("torch._ops:OpOverload", "_overloadname"): "an operator's functional form, and its name in a row program",
     ("torch._ops:OpOverloadPacket", "_qualified_op_name"): "an operator's namespace",
 }
 

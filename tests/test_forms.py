@@ -23,7 +23,8 @@ def test_form(form: Form, device: torch.device) -> None:
             pytest.skip("Dynamo does not look into einops before 2.13; test_einops_is_declined_before is there instead")
         pytest.importorskip("einops")
     tensors = forms.tensors(device=device)
-    watch = compare(form.function(), tensors)
+    # Gradients in float32 of arithmetic in bfloat16 are off by ulps of the latter.
+    watch = compare(form.function(), tensors, ulps=2**16 if "half precision" in form.name else 16)
     if form.verdict == "lazy":
         assert watch.largest() < forms.B * (forms.T - 1) * forms.V
         return
