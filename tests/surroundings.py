@@ -134,11 +134,12 @@ BETWEEN = [
     "for p in model.body.parameters(): p.requires_grad_(False)",
     "for p in model.head.parameters(): p.requires_grad_(False)",
 ]
+# Their `eps` is of the gradients' size: with torch's, a step is as large for a rounding as for a gradient.
 OPTIMIZERS = [
     "torch.optim.SGD(model.parameters(), lr=0.1)",
-    "torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)",
-    "torch.optim.Adam(model.parameters(), lr=0.01, foreach=True)",
-    "torch.optim.Adagrad(model.parameters(), lr=0.01)",
+    "torch.optim.AdamW(model.parameters(), lr=0.01, eps=0.01, fused=True)",
+    "torch.optim.Adam(model.parameters(), lr=0.01, eps=0.01, foreach=True)",
+    "torch.optim.Adagrad(model.parameters(), lr=0.01, eps=0.01)",
 ]
 
 _FRAME = """

@@ -8,12 +8,25 @@ import pytest
 from . import zoo
 from .whole_models import Use, examine
 
-FEW = ["llama", "qwen3", "gpt2", "mistral", "gemma2", "phi3", "olmo2", "opt", "gpt_neox", "mixtral", "t5:seq2seq", "bart:seq2seq"]
+FEW = [
+    "llama",
+    "qwen3",
+    "gpt2",
+    "mistral",
+    "gemma2",
+    "phi3",
+    "olmo2",
+    "opt",
+    "gpt_neox",
+    "mixtral",
+    "t5:seq2seq",
+    "bart:seq2seq",
+]
 
 
 @pytest.mark.parametrize("which", FEW)
 def test_an_architecture_holds(which: str) -> None:
-    use = zoo.apart(examine, which, "aot_eager", 300, failed=Use)
+    use = zoo.apart(examine, which, "aot_eager", 1800, failed=Use)
     assert use.holds and use.tokens, use
 
 
