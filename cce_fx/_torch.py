@@ -101,6 +101,9 @@ NAMES: dict[str, Private] = {
         "torch.autograd:_profiler_enabled", "entering a `record_function` takes 5 us where nobody looks"
     ),
     "dispatch_key_for_device": Private("torch._C:_dispatch_key_for_device", "the same"),
+    "assert_async": Private("torch:_assert_async", "a condition on a GPU, without waiting for it"),
+    "enter_autocast": Private("torch.amp.autocast_mode:_enter_autocast", "as Dynamo writes autocast into graphs"),
+    "exit_autocast": Private("torch.amp.autocast_mode:_exit_autocast", "the same"),
     "check": Private("torch:_check", "conditions on sizes that may be symbols"),
     "DisableTorchFunctionSubclass": Private("torch._C:DisableTorchFunctionSubclass", "asks a lazy tensor itself"),
     "disable_dynamo": Private("torch:_disable_dynamo", "`torch.compiler.disable` that does not load Dynamo"),
@@ -111,6 +114,9 @@ NAMES: dict[str, Private] = {
     ),
     "tree_leaves": Private("torch.utils._pytree:tree_leaves", "tensors among arguments and results"),
     "tree_map_only": Private("torch.utils._pytree:tree_map_only", "the same"),
+    "throw_on_data_ptr": Private(
+        "torch._C:_set_throw_on_mutable_data_ptr", "an error where C code wants the memory that a tensor has none of"
+    ),
     "tree_iter": Private("torch.utils._pytree:tree_iter", "lazy tensors among arguments"),
     "tree_map": Private("torch.utils._pytree:tree_map", "the same"),
 }
