@@ -201,6 +201,54 @@ def test_train_distributed_goes_as_in_one_process(way, tmp_path):
     assert cut < eager - logits
 
 
+@pytest.fixture
+def gpus(monkeypatch) -> None:
+    """Two GPUs, as far as the examples ask before they use them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+
+def test_on_a_gpu_models_are_larger_and_in_bfloat16(gpus):
+    import recommender
+    import train_lm
+
+    found = train_lm.parse_arguments([])
+    assert (found.device, found.dtype, found.vocab, found.batch * found.length) == ("cuda", "bfloat16", 50304, 16384)
+    with torch.device("meta"):
+        model = train_lm.GPT(found.vocab, found.width, found.layers, found.length)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(124e6, rel=0.01)
+    items = recommender.parse_arguments([])
+    assert (items.device, items.dtype, items.items) == ("cuda", "bfloat16", 1_000_000)
+    small = train_lm.parse_arguments(["--device", "cpu", "--width", "128"])
+    assert (small.device, small.dtype, small.vocab, small.width) == ("cpu", "float32", 32000, 128)
+
+
+def test_with_a_gpu_for_each_process_they_talk_through_nccl(gpus, monkeypatch, capsys):
+    import train_distributed
+
+    called = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(device))
+    monkeypatch.setattr(train_distributed.dist, "init_process_group", lambda backend: called.append(backend))
+    monkeypatch.setattr(train_distributed.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(train_distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(train_distributed.dist, "destroy_process_group", lambda: called.append("destroyed"))
+    monkeypatch.setattr(train_distributed, "work", lambda arguments, *ranks: called.append((arguments, ranks)) or 0)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert train_distributed.main(["--fsdp"]) == 0
+    (arguments, ranks) = called.pop(2)
+    assert called == ["cuda:1", "nccl", "destroyed"] and ranks == (1, 2)
+    assert (arguments.device, arguments.dtype, arguments.vocab) == ("cuda:1", "bfloat16", 131072)
+    assert train_distributed.parse_arguments(["--check"]).dtype == "float32"
+    # More processes than GPUs: on the CPU, unless a GPU was asked for.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train_distributed.parse_arguments([]).device == "cpu"
+    with pytest.raises(SystemExit):
+        train_distributed.parse_arguments(["--device", "cuda"])
+    assert "a GPU for each process" in capsys.readouterr().err
+
+
 def test_train_distributed_says_how_it_is_started(tmp_path):
     done = subprocess.run(
         command("train_distributed.py"), env=environment(), capture_output=True, text=True, timeout=60
