@@ -52,6 +52,9 @@ NAMES: dict[str, Private] = {
     "FakeTensor": Private("torch._subclasses.fake_tensor:FakeTensor", "example values in Dynamo's graphs"),
     "FakeTensorMode": Private("torch._subclasses.fake_tensor:FakeTensorMode", "computes example values without data"),
     "detect_fake_mode": Private("torch._guards:detect_fake_mode", "the mode that a graph's inputs were made in"),
+    "decomposition_table": Private(
+        "torch._decomp:decomposition_table", "what an operation means in terms of others, for those without a rule"
+    ),
     "ShapeEnv": Private(
         "torch.fx.experimental.symbolic_shapes:ShapeEnv",
         "what is known of sizes that are symbols; nothing may be added",

@@ -20,6 +20,10 @@ from .kernels.combine import statistics_dtype
 from .kernels.spec import Epilogue, Needs
 from .kernels.spec import Sizes as Sizes
 from .op import DTYPES as DTYPES  # importing it registers the operators
+from .row_op import rows as rows_operator
+from .row_op import rows_with_grads as rows_with_grads
+from .row_program import Output as Output
+from .row_program import RowProgram as RowProgram
 
 Reduction = Literal["mean", "sum", "none"]
 
@@ -325,3 +329,16 @@ def check_class_weight(class_weight: Tensor | None, classes: int) -> None:
 
 
 __all__ = ["KernelSpec", "LossSpec", "linear_cross_entropy", "site_loss"]
+
+
+def run_rows(
+    hidden: list[Any],
+    weight: list[Any],
+    rows: list[Any],
+    shared: list[Any],
+    program: RowProgram,
+    workspace: int | None,
+    compiled: bool,
+) -> Any:
+    """What a row program returns for each row, tensors or proxies: a list of (N, *shape). See `cce::rows`."""
+    return rows_operator(hidden, weight, rows, shared, program.text(), workspace, compiled)

@@ -17,7 +17,7 @@ them: see `cce_fx.functional`. Source: Cut Cross-Entropy, arXiv 2411.09009; the 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -46,7 +46,7 @@ HEAD = (
     "float? filter_eps, bool tune"
 )
 HEAD_ARGS = HEAD.count(",") + 1
-_LIBRARY = torch.library.Library("cce", "FRAGMENT")
+LIBRARY = torch.library.Library("cce", "FRAGMENT")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -152,15 +152,15 @@ def fake_grads(
     )
 
 
-def _operator(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
+def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> OpOverload:
     """Define cce::`name` and return it.
 
     What `torch.library.custom_op` does, less its look at every result's memory in every call: no kernel returns an input or
     one piece of memory twice, which the tests ask `torch.library.opcheck`.
     """
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _LIBRARY.impl(name, disable_dynamo(kernel), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"cce::{name}", fake, lib=_LIBRARY)
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, disable_dynamo(kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"cce::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.cce, name).default
 
 
@@ -186,7 +186,7 @@ def _stats_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ign
     return nll, lse, smooth, torch.empty_like(nll), torch.empty_like(nll)
 
 
-linear_cross_entropy: OpOverload = _operator(
+linear_cross_entropy: OpOverload = define(
     "linear_cross_entropy",
     f"({HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth, Tensor max, Tensor sumexp)",
     _stats,
@@ -208,7 +208,7 @@ def _stats_grads_fake(*args):  # type: ignore[no-untyped-def]
     return fake_grads(*args[:3], *args[-3:])
 
 
-linear_cross_entropy_backward: OpOverload = _operator(
+linear_cross_entropy_backward: OpOverload = define(
     "linear_cross_entropy_backward",
     f"({HEAD}, Tensor max, Tensor sumexp, Tensor? grad_nll, Tensor? grad_lse, Tensor? grad_smooth, bool need_hidden, "
     "bool need_weight, bool need_bias) -> (Tensor d_hidden, Tensor d_weight, Tensor d_bias)",
@@ -227,7 +227,7 @@ def _differentiated_twice(ctx: Any, *grads: Tensor | None) -> Any:
     raise RuntimeError(_TWICE)
 
 
-torch.library.register_autograd(linear_cross_entropy_backward, _differentiated_twice, lib=_LIBRARY)
+torch.library.register_autograd(linear_cross_entropy_backward, _differentiated_twice, lib=LIBRARY)
 
 
 def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -254,7 +254,7 @@ def _wanted(grads: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor 
     return tuple(g if need else None for g, need in zip(grads, needs, strict=True))
 
 
-torch.library.register_autograd(linear_cross_entropy, _stats_backward, setup_context=_stats_setup, lib=_LIBRARY)
+torch.library.register_autograd(linear_cross_entropy, _stats_backward, setup_context=_stats_setup, lib=LIBRARY)
 
 
 # --- weighted sum with gradients in the forward -----------------------------------------------------------------------
@@ -285,7 +285,7 @@ def _sum_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignor
     return (total, *_fake_stats(hidden, rest[2]), *fake_grads(hidden, weight, bias, *rest[-3:]))
 
 
-linear_cross_entropy_with_grads: OpOverload = _operator(
+linear_cross_entropy_with_grads: OpOverload = define(
     "linear_cross_entropy_with_grads",
     f"({HEAD}, Tensor weight_nll, Tensor? weight_lse, Tensor? weight_smooth, bool need_hidden, bool need_weight, "
     "bool need_bias) -> (Tensor total, Tensor nll, Tensor lse, Tensor smooth, Tensor d_hidden, Tensor d_weight, "
@@ -311,24 +311,27 @@ def _sum_backward(ctx: Any, grad_total: Tensor | None, *unused: Tensor | None) -
     saved, inputs = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
     grads = tuple(g * grad_total.to(g.dtype) if m else g for g, m in zip(saved, made, strict=True))
     if torch.is_grad_enabled():
-        grads = _Once.apply(*grads, *inputs)
+        grads = once(grads, inputs)
     return (*_wanted(grads, tuple(made)), *tail)
 
 
 class _Once(torch.autograd.Function):
-    """Ties gradients, made as constants in the forward, to the inputs that they depend on, so that differentiating them
-    raises instead of quietly giving zero."""
-
     @staticmethod
-    def forward(ctx: Any, *values: Tensor | None) -> tuple[Tensor | None, ...]:
-        return tuple(None if g is None else g.view_as(g) for g in values[:3])
+    def forward(ctx: Any, count: int, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+        return tuple(None if g is None else g.view_as(g) for g in values[:count])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         raise RuntimeError(_TWICE)
 
 
-torch.library.register_autograd(linear_cross_entropy_with_grads, _sum_backward, setup_context=_sum_setup, lib=_LIBRARY)
+def once(grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Gradients made as constants in a forward, tied to the inputs that they depend on, so that differentiating them raises
+    instead of quietly giving zero."""
+    return _Once.apply(len(grads), *grads, *inputs)  # type: ignore[no-any-return]
+
+
+torch.library.register_autograd(linear_cross_entropy_with_grads, _sum_backward, setup_context=_sum_setup, lib=LIBRARY)
 
 
 # --- the likeliest class -----------------------------------------------------------------------------------------------
@@ -348,7 +351,7 @@ def _argmax_fake(hidden, weight, bias, scale, softcap, post_scale, workspace):  
     return hidden.new_empty(hidden.shape[0], dtype=torch.int64)
 
 
-linear_argmax: OpOverload = _operator(
+linear_argmax: OpOverload = define(
     "linear_argmax",
     "(Tensor hidden, Tensor weight, Tensor? bias, float scale, float? softcap, float post_scale, int? workspace) -> Tensor",
     _argmax,
@@ -376,7 +379,7 @@ def _register_autocast(op: OpOverload, device_type: str) -> None:
                 bias = None if bias is None else bias.to(dtype)
             return op(hidden, weight, bias, *rest)
 
-    _LIBRARY.impl(op._schema.name.split("::")[1], rule, key.name)
+    LIBRARY.impl(op._schema.name.split("::")[1], rule, key.name)
 
 
 for _device in ("cpu", "cuda", "xpu"):

@@ -15,6 +15,7 @@ _CHOICES = {
     "logits": ("lazy", "keep"),
     "after_step": ("as_before", "error"),
     "strategy": ("auto", "grads_in_forward", "recompute"),
+    "tiers": ("all", "kernel"),
 }
 
 
@@ -35,6 +36,7 @@ class Options:
             or a callable `(gm, example_inputs) -> callable`.
         strict: raise if a graph holds a loss and none of its losses was rewritten.
         min_vocab: heads with fewer classes are left alone; None is max(hidden size, 32) + 1, 0 is never.
+        tiers: "kernel" cuts only the losses that the kernels know; "all" also runs others some rows at a time.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or outside its choices.
@@ -48,6 +50,7 @@ class Options:
     inner: str | Callable[..., Any] = "inductor"
     strict: bool = False
     min_vocab: int | None = None
+    tiers: Literal["all", "kernel"] = "all"
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
@@ -67,7 +70,9 @@ class Options:
 
     @property
     def policy(self) -> Policy:
-        return Policy(self.strategy, self.min_vocab, self.workspace, self.filter_eps)
+        return Policy(
+            self.strategy, self.min_vocab, self.workspace, self.filter_eps, self.tiers, self.inner == "inductor"
+        )
 
 
 def split(options: dict[str, Any] | None) -> tuple[Options, dict[str, Any]]:

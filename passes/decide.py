@@ -30,6 +30,8 @@ class Policy:
     min_vocab: int | None = None  # classes below which a head is left alone; None is max(D, 32) + 1
     workspace: int | None = None  # bytes
     filter_eps: float | Literal["auto"] | None = None
+    tiers: Literal["all", "kernel"] = "all"  # whether losses that no kernel knows are cut as row programs
+    compiled: bool = True  # whether row programs are compiled by inductor
     tune: bool = False  # block shapes by timing, where the kernel has a choice
 
 
@@ -39,8 +41,7 @@ def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) 
     refused = _illegal(candidate)
     if refused is not None:
         return refused
-    least = max(view.hidden_size, _SMALLEST_VOCAB) + 1 if policy.min_vocab is None else policy.min_vocab
-    if view.classes < least:
+    if view.classes < least_classes(view, policy):
         return Decline(Reason.SMALL, candidate.anchor, f"{view.classes} classes, hidden size {view.hidden_size}")
     if candidate.result is not Result.LOSS and any(n in needed for n in view.path):
         return Decline(Reason.USED, candidate.anchor)
@@ -51,6 +52,11 @@ def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) 
     return LossSite(
         candidate, needs, saved, int(saved.subs(sizes)) if known else None, held, sizes[N] if known else None
     )
+
+
+def least_classes(view: LogitsView, policy: Policy) -> Any:
+    """How many classes a head has at least that is worth it."""
+    return max(view.hidden_size, _SMALLEST_VOCAB) + 1 if policy.min_vocab is None else policy.min_vocab
 
 
 def illegal_head(view: LogitsView) -> Decline | None:

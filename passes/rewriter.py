@@ -121,6 +121,12 @@ def _operands(builder: Builder, view: LogitsView, bias_dtype: torch.dtype) -> tu
     return hidden, builder.operand(view.weight, view.dtype), bias
 
 
+def head_operands(builder: Builder, view: LogitsView) -> tuple[Any, Any]:
+    """hidden (..., D) with D last and weight (V, D), in the dtype of the product."""
+    hidden, weight, _ = _operands(builder, view, view.dtype)
+    return hidden, weight
+
+
 def logits_of(view: LogitsView, dtype: torch.dtype, hidden: Any, weight: Any, bias: Any) -> Any:
     """A view's value (..., V) in `dtype` for some of its rows, of tensors or of proxies."""
     e, z = view.epilogue, torch.nn.functional.linear(hidden, weight, bias)

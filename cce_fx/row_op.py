@@ -1,0 +1,354 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators `cce::rows*`: row programs run for some rows of the logits at a time.
+
+`cce::rows`
+    what a program returns for each row. The backward runs the blocks again for their gradients (8NDV flop for each head).
+`cce::rows_with_grads`
+    the same, and the sum of the outputs times coefficients that are known beforehand, whose gradients are made in the forward
+    while a block's logits are at hand (6NDV).
+
+A block's logits are a product into memory that is there; the rest of the block with its gradient is one function, compiled by
+inductor once for each program and kind of inputs, whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ._torch import OpOverload
+from .kernels.combine import statistics_dtype
+from .op import LIBRARY, define, once
+from .row_program import RowProgram
+
+_INPUTS = "Tensor[] hidden, Tensor[] weight, Tensor[] rows, Tensor[] shared"
+_HOW = "str program, int? workspace, bool compiled"
+_MOST, _LEAST = 128, 16  # rows of a block
+
+
+def _block_rows(hidden: Sequence[Tensor], weight: Sequence[Tensor], workspace: int | None) -> int:
+    """Rows of a block: a 16th of all, within bounds, or as many as a workspace of that many bytes holds."""
+    count = hidden[0].shape[0]
+    if workspace is None:
+        wanted = min(max(count // 16, _LEAST), _MOST)
+    else:
+        # Logits, their gradient, and about two values of their size between them.
+        wanted = max(1, workspace // (4 * sum(w.shape[0] * w.dtype.itemsize for w in weight)))
+    return 1 << (min(wanted, max(count, 1)).bit_length() - 1)
+
+
+class _Blocks:
+    """A problem's blocks: each one's inputs, of one size; the last is filled up with its last row."""
+
+    def __init__(self, hidden: Any, weight: Any, rows: Any, shared: Any, workspace: int | None) -> None:
+        self.hidden, self.weight, self.rows, self.shared = hidden, weight, rows, shared
+        self.count: int = hidden[0].shape[0]
+        self.size: int = _block_rows(hidden, weight, workspace)
+        self._logits = [h.new_empty(self.size, w.shape[0]) for h, w in zip(hidden, weight, strict=True)]
+
+    def __iter__(self) -> Any:
+        for start in range(0, self.count, self.size):
+            stop = min(start + self.size, self.count)
+            yield slice(start, stop), self.logits(start, stop), [self._filled(r[start:stop]) for r in self.rows]
+
+    def logits(self, start: int, stop: int) -> list[Tensor]:
+        n = stop - start
+        for z, h, w in zip(self._logits, self.hidden, self.weight, strict=True):
+            torch.mm(h[start:stop], w.T, out=z[:n])
+            if n < self.size:
+                z[n:] = z[n - 1]
+        return self._logits
+
+    def _filled(self, part: Tensor) -> Tensor:
+        missing = self.size - part.shape[0]
+        return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part.contiguous()
+
+    def filled(self, part: Tensor) -> Tensor:
+        """Gradients of the rows that fill up a block are zero."""
+        missing = self.size - part.shape[0]
+        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part.contiguous()
+
+
+def _forward_block(program: RowProgram) -> Callable[..., Any]:
+    def run(heads: list[Tensor], rows: list[Tensor], shared: list[Tensor]) -> list[Tensor]:
+        return list(program.block(heads, rows, shared))
+
+    return run
+
+
+def _gradient_block(program: RowProgram, needs: tuple[tuple[bool, ...], ...]) -> Callable[..., Any]:
+    """The outputs of a block, and the gradients of those inputs that need one for gradients of the differentiable outputs."""
+
+    def run(heads: list[Tensor], rows: list[Tensor], shared: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+        inputs = [
+            [t.detach().requires_grad_(need) for t, need in zip(group, wanted, strict=True)]
+            for group, wanted in zip((heads, rows, shared), needs, strict=True)
+        ]
+        with torch.enable_grad():
+            outputs = program.block(*inputs)
+        flowing = [(o, g) for o, g in zip(outputs, _spread(program, grads), strict=True) if g is not None]
+        wanted = [t for group in inputs for t in group if t.requires_grad]
+        found = torch.autograd.grad([o for o, _ in flowing], wanted, [g for _, g in flowing], allow_unused=True)
+        made = [torch.zeros_like(t) if g is None else g.to(t.dtype) for g, t in zip(found, wanted, strict=True)]
+        return [*(o.detach() for o in outputs), *made]
+
+    return run
+
+
+def _spread(program: RowProgram, grads: Sequence[Tensor]) -> list[Tensor | None]:
+    left = iter(grads)
+    return [next(left) if o.grad else None for o in program.outputs]
+
+
+@functools.lru_cache(256)
+def _compiled(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[..., Any]:
+    """A block's function for inputs of certain kinds: shapes, dtypes and devices.
+
+    Made in a thread of its own: where an operator's kernel runs, autograd and vmap are switched off.
+    """
+    with ThreadPoolExecutor(1) as elsewhere:
+        return elsewhere.submit(_compile, text, needs, kinds, compiled).result()
+
+
+def _compile(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[..., Any]:
+    program = RowProgram.of(text)
+    examples = [[torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in group] for group in kinds]
+    function = _forward_block(program) if needs is None else _gradient_block(program, needs)
+    with torch.no_grad():
+        gm = make_fx(function, tracing_mode="fake")(*examples)
+    if not compiled:
+        return gm
+    from torch._inductor import compile as inductor
+
+    flat = [t for group in examples for t in group]
+    made = inductor(_flattened(gm, examples), flat)
+    return lambda *groups: made(*(t for group in groups for t in group))
+
+
+def _flattened(gm: torch.fx.GraphModule, examples: list[list[Tensor]]) -> torch.fx.GraphModule:
+    """The same function of tensors side by side."""
+
+    def run(*flat: Tensor) -> Any:
+        left = iter(flat)
+        return gm(*[[next(left) for _ in group] for group in examples])
+
+    with torch.no_grad():
+        return make_fx(run, tracing_mode="fake")(*[t for group in examples for t in group])
+
+
+def _kinds(*groups: Sequence[Tensor]) -> Any:
+    return tuple(tuple((tuple(t.shape), t.dtype, t.device) for t in group) for group in groups)
+
+
+def _rows(hidden, weight, rows, shared, program, workspace, compiled):  # type: ignore[no-untyped-def]
+    """What a program returns for each row: (N, *shape) for each output.
+
+    Args:
+        hidden: (N, D) for each head, of one dtype with its weight.
+        weight: (V, D) for each head.
+        rows: (N, ...) each, values of the rows.
+        shared: tensors that all rows read.
+        program: the text of a `RowProgram`.
+        workspace: bytes for blocks of logits and what is made of them; None is a 16th of the rows, at most 128.
+        compiled: whether inductor compiles a block.
+    """
+    blocks = _Blocks(hidden, weight, rows, shared, workspace)
+    outputs = _empty_outputs(hidden[0], program)
+    for part, logits, values in blocks:
+        run = _compiled(program, None, _kinds(logits, values, shared), compiled)
+        for whole, made in zip(outputs, run(logits, values, shared), strict=True):
+            whole[part] = made[: part.stop - part.start]
+    return outputs
+
+
+def _empty_outputs(hidden: Tensor, text: str) -> list[Tensor]:
+    outputs = RowProgram.of(text).outputs
+    return [hidden.new_empty((hidden.shape[0], *o.shape), dtype=getattr(torch, o.dtype)) for o in outputs]
+
+
+def _rows_fake(hidden, weight, rows, shared, program, workspace, compiled):  # type: ignore[no-untyped-def]
+    return _empty_outputs(hidden[0], program)
+
+
+class _Gradients:
+    """Gradients of a program's inputs, block by block."""
+
+    def __init__(self, blocks: _Blocks, needs: Sequence[bool]) -> None:
+        self._blocks = blocks
+        h, r = len(blocks.hidden), len(blocks.rows)
+        wants = [bool(n) for n in needs]
+        self.hidden, self.weight = wants[:h], wants[h : 2 * h]
+        rows, shared = wants[2 * h : 2 * h + r], wants[2 * h + r :]
+        heads = tuple(a or b for a, b in zip(self.hidden, self.weight, strict=True))
+        self.needs: Any = (heads, tuple(rows), tuple(shared))
+        self._d_hidden = [_like(t, n) for t, n in zip(blocks.hidden, self.hidden, strict=True)]
+        # Sums over blocks are made in the dtype of a product's own sums.
+        self._d_weight = [_like(t, n, zero=True) for t, n in zip(blocks.weight, self.weight, strict=True)]
+        self._d_rows = [_like(t, n) for t, n in zip(blocks.rows, rows, strict=True)]
+        self._d_shared = [_like(t, n, zero=True) for t, n in zip(blocks.shared, shared, strict=True)]
+
+    def add(self, part: slice, made: Sequence[Tensor]) -> None:
+        left, n = iter(made), part.stop - part.start
+        for k, need in enumerate(self.needs[0]):
+            if not need:
+                continue
+            dz = next(left)[:n]
+            if self._d_hidden[k] is not None:
+                torch.mm(dz, self._blocks.weight[k], out=self._d_hidden[k][part])
+            if self._d_weight[k] is not None:
+                _add_product(self._d_weight[k], dz, self._blocks.hidden[k][part])
+        for whole in self._d_rows:
+            if whole is not None:
+                whole[part] = next(left)[:n]
+        for whole in self._d_shared:
+            if whole is not None:
+                whole += next(left)
+
+    def results(self) -> list[Tensor]:
+        """Those that are wanted, in the order of the inputs, in their dtypes."""
+        b = self._blocks
+        pairs = zip(
+            (*self._d_hidden, *self._d_weight, *self._d_rows, *self._d_shared),
+            (*b.hidden, *b.weight, *b.rows, *b.shared),
+            strict=True,
+        )
+        return [grad.to(given.dtype) for grad, given in pairs if grad is not None]
+
+
+def _like(t: Tensor, wanted: bool, zero: bool = False) -> Any:
+    if not wanted:
+        return None
+    return (
+        torch.zeros(t.shape, dtype=statistics_dtype(t.dtype), device=t.device)
+        if zero
+        else torch.empty_like(t, memory_format=torch.contiguous_format)
+    )
+
+
+def _add_product(total: Tensor, dz: Tensor, hidden: Tensor) -> None:
+    """total (V, D) += dz.T (V, n) @ hidden (n, D)."""
+    if dz.dtype == total.dtype:
+        total.addmm_(dz.T, hidden)
+    elif dz.device.type == "cuda":
+        total += torch.mm(dz.T, hidden)
+    else:
+        total.addmm_(dz.T.to(total.dtype), hidden.to(total.dtype))
+
+
+def _backward(grads, hidden, weight, rows, shared, needs, program, workspace, compiled):  # type: ignore[no-untyped-def]
+    """The gradients of the inputs that `needs` names, in the order hidden, weight, rows, shared, for gradients of the
+    differentiable outputs."""
+    blocks = _Blocks(hidden, weight, rows, shared, workspace)
+    found = _Gradients(blocks, needs)
+    count = len(RowProgram.of(program).outputs)
+    for part, logits, values in blocks:
+        coming = [blocks.filled(g[part]) for g in grads]
+        run = _compiled(program, found.needs, _kinds(logits, values, shared, coming), compiled)
+        found.add(part, run(logits, values, shared, coming)[count:])
+    return found.results()
+
+
+def _backward_fake(grads, hidden, weight, rows, shared, needs, program, workspace, compiled):  # type: ignore[no-untyped-def]
+    inputs = (*hidden, *weight, *rows, *shared)
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t, n in zip(inputs, needs, strict=True) if n]
+
+
+rows: OpOverload = define("rows", f"({_INPUTS}, {_HOW}) -> Tensor[]", _rows, _rows_fake)
+rows_backward: OpOverload = define(
+    "rows_backward", f"(Tensor[] grads, {_INPUTS}, bool[] needs, {_HOW}) -> Tensor[]", _backward, _backward_fake
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *groups, ctx.program, ctx.workspace, ctx.compiled = inputs
+    ctx.sizes = [len(g) for g in groups]
+    ctx.flowing = [o.grad for o in RowProgram.of(ctx.program).outputs]
+    ctx.shapes = [(o.shape, o.dtype, o.device) for o in output]
+    ctx.save_for_backward(*(t for g in groups for t in g))
+    ctx.needs = [t.requires_grad for g in groups for t in g]
+    ctx.mark_non_differentiable(*(o for o, flows in zip(output, ctx.flowing, strict=True) if not flows))
+
+
+def _rows_backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+    saved, groups = iter(ctx.saved_tensors), []
+    for size in ctx.sizes:
+        groups.append([next(saved) for _ in range(size)])
+    coming = [
+        torch.zeros(shape, dtype=dtype, device=device) if g is None else g
+        for g, flows, (shape, dtype, device) in zip(grads, ctx.flowing, ctx.shapes, strict=True)
+        if flows
+    ]
+    made = iter(rows_backward(coming, *groups, ctx.needs, ctx.program, ctx.workspace, ctx.compiled))
+    needs = iter(ctx.needs)
+    found = [[next(made) if next(needs) else None for _ in group] for group in groups]
+    return (*found, None, None, None)
+
+
+torch.library.register_autograd(rows, _rows_backward, setup_context=_setup, lib=LIBRARY)
+
+
+def _with_grads(hidden, weight, rows, shared, coefficients, needs, program, workspace, compiled):  # type: ignore[no-untyped-def]
+    """The sum over rows of the differentiable outputs times `coefficients`, a scalar; the outputs; and the gradients of the sum.
+
+    `coefficients` (N, *shape) are one for each differentiable output. The rest is as in `cce::rows` and its backward.
+    """
+    blocks = _Blocks(hidden, weight, rows, shared, workspace)
+    found, outputs = _Gradients(blocks, needs), _empty_outputs(hidden[0], program)
+    for part, logits, values in blocks:
+        coming = [blocks.filled(c[part]) for c in coefficients]
+        run = _compiled(program, found.needs, _kinds(logits, values, shared, coming), compiled)
+        made = run(logits, values, shared, coming)
+        for whole, value in zip(outputs, made, strict=False):
+            whole[part] = value[: part.stop - part.start]
+        found.add(part, made[len(outputs) :])
+    flowing = [o for o, kind in zip(outputs, RowProgram.of(program).outputs, strict=True) if kind.grad]
+    exact = statistics_dtype(hidden[0].dtype)
+    total = sum((o.to(exact) * c.to(exact)).sum() for o, c in zip(flowing, coefficients, strict=True))
+    return [total, *outputs, *found.results()]
+
+
+def _with_grads_fake(hidden, weight, rows, shared, coefficients, needs, program, workspace, compiled):  # type: ignore[no-untyped-def]
+    total = hidden[0].new_empty((), dtype=statistics_dtype(hidden[0].dtype))
+    grads = _backward_fake(coefficients, hidden, weight, rows, shared, needs, program, workspace, compiled)
+    return [total, *_empty_outputs(hidden[0], program), *grads]
+
+
+rows_with_grads: OpOverload = define(
+    "rows_with_grads",
+    f"({_INPUTS}, Tensor[] coefficients, bool[] needs, {_HOW}) -> Tensor[]",
+    _with_grads,
+    _with_grads_fake,
+)
+
+
+def _with_grads_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *groups, coefficients, ctx.needs, program, _, _ = inputs
+    ctx.sizes = [len(g) for g in groups]
+    ctx.coefficients = len(coefficients)
+    grads = output[1 + len(RowProgram.of(program).outputs) :]
+    ctx.save_for_backward(*grads, *(t for g in groups for t in g))
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _with_grads_backward(ctx: Any, coming: list[Tensor | None]) -> tuple[Any, ...]:
+    total, count = coming[0], sum(map(bool, ctx.needs))
+    tail = ([None] * ctx.coefficients, None, None, None, None)
+    if total is None:
+        return (*([None] * size for size in ctx.sizes), *tail)
+    saved, inputs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+    # In float32 before the one rounding, as in `linear_cross_entropy_with_grads`.
+    grads: Sequence[Tensor | None] = [g * total.to(g.dtype) for g in saved]
+    if torch.is_grad_enabled():
+        grads = once(grads, inputs)
+    left, needs = iter(grads), iter(ctx.needs)
+    return (*([next(left) if next(needs) else None for _ in range(size)] for size in ctx.sizes), *tail)
+
+
+torch.library.register_autograd(rows_with_grads, _with_grads_backward, setup_context=_with_grads_setup, lib=LIBRARY)

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From recorded operations to the program of one row: dimensions with rows are left out, now that it is known which they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ...functional import Output, RowProgram
+from ..values import Operand
+from .axes import Axis, Dim, NotByRows, distinct, is_row, others_in, resolved, rows_in
+from .record import Aligned, At, Chosen, Head, Leaf, Made, Order, Places, Product, Shape, Value
+
+
+@dataclass(frozen=True)
+class RowInput:
+    """A value per row that a program reads: a tensor of the graph, or the places along its axes where there is none."""
+
+    node: Node | Operand | None
+    dims: tuple[Dim, ...]
+    shape: tuple[int, ...]  # of one row's value
+
+
+@dataclass
+class Emitted:
+    """A program and what it reads."""
+
+    rows: tuple[Axis, ...]  # the row axes, outermost first
+    row_dims: tuple[Dim, ...]  # of a head's logits without their classes
+    heads: list[Node] = field(default_factory=list)
+    row_inputs: list[RowInput] = field(default_factory=list)
+    shared: list[Node | Operand] = field(default_factory=list)
+    program: RowProgram = field(default_factory=lambda: RowProgram((), ()))
+
+
+def kept(dims: Sequence[Dim]) -> list[int]:
+    """The dimensions that one row's value has."""
+    return [n for n, dim in enumerate(dims) if not is_row(dim)]
+
+
+def row_shape(dims: Sequence[Dim]) -> tuple[int, ...]:
+    """The shape of one row's value."""
+    return tuple(math.prod(a.size for a in others_in(dims[n])) for n in kept(dims))
+
+
+def row_axes(dims: Sequence[Dim]) -> list[Axis]:
+    """Every row axis of a tensor, outermost first."""
+    return [axis for dim in dims for axis in rows_in(dim)]
+
+
+def emit(outputs: Sequence[Value]) -> Emitted:
+    """The program that makes some values, which have the rows of the same heads.
+
+    Raises NotByRows where heads have different rows, or rows that are no head's.
+    """
+    order = _in_order(outputs)
+    heads = [v for v in order if isinstance(v.source, Head)]
+    if not heads:
+        raise NotByRows("no head is read")
+    rows = tuple(row_axes(heads[0].dims))
+    known = {id(axis) for axis in rows}
+    for value in order:
+        if not distinct(value.dims):
+            raise NotByRows("rows lie along two dimensions of one tensor")
+        if any(id(axis) not in known for axis in row_axes(value.dims)):
+            raise NotByRows("heads with different rows")
+    if any(row_axes(v.dims) != list(rows) for v in heads):
+        raise NotByRows("heads with different rows")
+    writer = _Writer(Emitted(rows, tuple(map(resolved, heads[0].dims[:-1]))))
+    for value in order:
+        writer.write(value)
+    found = writer.found
+    returned = tuple(
+        Output(writer.named(v), row_shape(v.dims), str(v.dtype).removeprefix("torch."), v.grad) for v in outputs
+    )
+    found.program = RowProgram(tuple(writer.code), returned)
+    return found
+
+
+def _read(argument: Any) -> list[Value]:
+    """The values in an argument."""
+    if isinstance(argument, Value):
+        return [argument]
+    if isinstance(argument, Aligned):
+        return [argument.value]
+    if isinstance(argument, Chosen):
+        return [v for i in argument.by_dim for v in _read(i)]
+    if isinstance(argument, (list, tuple)):
+        return [v for a in argument for v in _read(a)]
+    return []
+
+
+def _in_order(outputs: Sequence[Value]) -> list[Value]:
+    """Everything that values are made of, each after what it is made of."""
+    found: dict[int, Value] = {}
+    stack = [(v, False) for v in reversed(outputs)]
+    while stack:
+        value, ready = stack.pop()
+        if id(value) in found:
+            continue
+        if ready or not isinstance(value.source, Made):
+            found[id(value)] = value
+            continue
+        stack.append((value, True))
+        stack += [(v, False) for v in _read((*value.source.args, *value.source.kwargs.values())) if id(v) not in found]
+    return list(found.values())
+
+
+class _Writer:
+    def __init__(self, found: Emitted) -> None:
+        self.found: Emitted = found
+        self.code: list[tuple[str, Any, Any]] = []
+        self._names: dict[int, Any] = {}  # of sources
+
+    def named(self, value: Value) -> Any:
+        name = self._names[_key(value)]
+        return {"made": [name["made"][0], value.index]} if value.index is not None else name
+
+    def write(self, value: Value) -> None:
+        source, key = value.source, _key(value)
+        if key in self._names:
+            return
+        if isinstance(source, Head):
+            self._names[key] = {"head": _index(self.found.heads, source.node)}
+        elif isinstance(source, Leaf):
+            self._names[key] = self._leaf(source.node, value.dims)
+        elif isinstance(source, Places):
+            self._names[key] = self._places(value)
+        else:
+            args = [self._argument(a) for a in source.args]
+            kwargs = {k: self._argument(v) for k, v in source.kwargs.items()}
+            if source.operation == "einsum":
+                args = [args[0], *args[1]]
+            self._names[key] = self._append(source.operation, args, kwargs)
+
+    def _append(self, operation: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        self.code.append((operation, args, kwargs))
+        return {"made": [len(self.code) - 1, None]}
+
+    def _leaf(self, node: Node | Operand | None, dims: Sequence[Dim]) -> Any:
+        if not row_axes(dims):
+            assert node is not None
+            return {"shared": _index(self.found.shared, node)}
+        return {"row": _index(self.found.row_inputs, RowInput(node, tuple(map(resolved, dims)), row_shape(dims)))}
+
+    def _places(self, value: Value) -> Any:
+        (dim,) = [resolved(d) for d in value.dims if d] or [()]
+        if rows_in(dim) and others_in(dim):
+            raise NotByRows("places along rows and other dimensions at once")
+        if rows_in(dim):
+            name = self._leaf(None, (dim,))
+        else:
+            name = self._append("aten.arange.default", [math.prod(a.size for a in dim)], {})
+        return self._append("aten.reshape.default", [name, list(row_shape(value.dims))], {})
+
+    def _argument(self, a: Any) -> Any:
+        match a:
+            case Value():
+                return self.named(a)
+            case At():
+                return kept(a.dims).index(a.dim)
+            case Order():
+                there = kept(a.dims)
+                return [there.index(d) for d in a.order if d in there]
+            case Shape():
+                return list(row_shape(a.dims))
+            case Aligned():
+                return self._aligned(a)
+            case Chosen():
+                return [
+                    None if (i := a.by_dim[n]) is None else self._argument(i)
+                    for n in range(len(a.by_dim))
+                    if not is_row(a.dims[n])
+                ]
+            case Product():
+                return self._equation(a)
+            case torch.dtype():
+                return {"dtype": str(a).removeprefix("torch.")}
+            case list() | tuple():
+                return [self._argument(i) for i in a]
+            case None | bool() | int() | float() | str():
+                return a
+        raise NotByRows(f"an argument of type {type(a).__name__}")
+
+    def _aligned(self, a: Aligned) -> Any:
+        name, dims, rank = self.named(a.value), a.value.dims, len(a.value.dims)
+        beside = list(a.dims)[len(a.dims) - rank :] if len(a.dims) >= rank else list(dims)
+        there = kept(dims)
+        gone = [there.index(n) for n in range(rank) if not dims[n] and is_row(beside[n])]
+        return self._append("aten.squeeze.dims", [name, gone], {}) if gone else name
+
+    def _equation(self, a: Product) -> str:
+        words = []
+        for letters, dims in zip(a.letters, (a.values[0].dims, a.values[1].dims, a.dims), strict=True):
+            there = kept(dims)
+            words.append("".join(letter for n, letter in enumerate(letters) if n in there))
+        return f"{words[0]},{words[1]}->{words[2]}"
+
+
+def _key(value: Value) -> int:
+    """What tells where a value comes from; views of places have a shape each."""
+    return id(value) if isinstance(value.source, Places) else id(value.source)
+
+
+def _index(found: list[Any], item: Any) -> int:
+    if item not in found:
+        found.append(item)
+    return found.index(item)

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recorder of aten operations on tensors whose dimensions are axes.
+
+A stretch's nodes are run on fake tensors of sizes that are numbers, and each aten operation below them is written down with
+the axes of its results by its rule in `operations.py`, or by what torch decomposes it to. What comes out is not yet a program:
+until the stretch ends, a dimension may still turn out to be rows.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..._torch import FakeTensorMode, OpOverload, decomposition_table
+from ..values import Operand
+from .axes import Dim, NotByRows, distinct, fresh
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The product of a head: one of the program's inputs, made for some rows at a time."""
+
+    node: Node
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A tensor of the graph, or a head's bias, that the stretch reads and does not make."""
+
+    node: Node | Operand
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """0, 1, 2, ... along a dimension."""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What an operation returns; its arguments hold values, and marks for what depends on which dimensions are rows."""
+
+    operation: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of a stretch."""
+
+    dims: list[Dim]
+    dtype: torch.dtype
+    source: Head | Leaf | Places | Made
+    index: int | None = None  # which of the source's results
+    grad: bool = False  # whether a gradient flows through it
+
+
+@dataclass(frozen=True)
+class At:
+    """The number of a dimension in a row's value."""
+
+    dims: Sequence[Dim]
+    dim: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a permuted tensor's dimensions in a row's value."""
+
+    dims: Sequence[Dim]
+    order: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a row's value."""
+
+    dims: Sequence[Dim]
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A value as broadcasting takes it beside results of these dimensions: without those of size 1 where they have rows."""
+
+    value: Value
+    dims: Sequence[Dim]
+
+
+@dataclass(frozen=True)
+class Product:
+    """The equation of a product of two values: a letter for each dimension."""
+
+    values: tuple[Value, Value]
+    letters: tuple[str, str, str]  # of both, and of the result
+    dims: Sequence[Dim]  # of the result
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Index tensors, or None, for each dimension of a value: those of a row's value."""
+
+    dims: Sequence[Dim]
+    by_dim: tuple[Value | Aligned | None, ...]
+
+
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv")
+
+
+class Recorder(TorchDispatchMode):
+    """Notes what is done to fake tensors while it is the current mode."""
+
+    def __init__(self, rules: dict[str, Callable[..., Any]], is_pointwise: Callable[[OpOverload], bool]) -> None:
+        super().__init__()
+        self.fake_mode: FakeTensorMode = FakeTensorMode()
+        self._rules = rules
+        self._is_pointwise = is_pointwise
+        self._values: dict[int, Value] = {}
+        self._changed: dict[int, str] = {}  # fakes whose memory an operation wrote to by another name
+        self._kept: list[Tensor] = []  # an id is a tensor's only while it lives
+        self._memory: dict[int, list[int]] = {}  # fakes by their storage
+        self.products: int = 0  # how many were recorded
+
+    def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What a function of a graph returns for arguments in which tensors are fake."""
+        with torch.no_grad(), self.fake_mode, self:
+            return function(*args, **kwargs)
+
+    def enter(self, fake: Tensor, value: Value) -> Tensor:
+        """Make a tensor known."""
+        if not distinct(value.dims):
+            raise NotByRows("rows lie along two dimensions of one tensor")
+        self._values[id(fake)] = value
+        self._kept.append(fake)
+        self._memory.setdefault(_memory_of(fake), []).append(id(fake))
+        return fake
+
+    def value(self, fake: Tensor) -> Value:
+        """What is known of a tensor. Raises NotByRows for one that the stretch does not know, or that was changed."""
+        if id(fake) in self._changed:
+            raise NotByRows(self._changed[id(fake)])
+        if id(fake) not in self._values:
+            raise NotByRows("a constant tensor of the program's own")
+        return self._values[id(fake)]
+
+    def knows(self, fake: object) -> bool:
+        return id(fake) in self._values
+
+    def detach(self, fake: Tensor) -> None:
+        """No gradient flows through a tensor, as the program has it."""
+        value = self.value(fake)
+        self._values[id(fake)] = Value(value.dims, value.dtype, Made("aten.detach.default", (value,)))
+
+    def new(
+        self, fake: Tensor, dims: Sequence[Dim], source: Any, index: int | None = None, grad: bool = False
+    ) -> Value:
+        """A result of an operation, checked against its fake."""
+        assert len(dims) == fake.dim(), (dims, fake.shape)
+        return Value(list(dims), fake.dtype, source, index, grad and fake.dtype.is_floating_point)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if not _tensors(out) and not _tensors((args, kwargs)) or func.namespace == "prim":
+            return out
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotByRows(f"`{func}` draws random numbers")
+        if func._schema.is_mutable:
+            self._write(func, args, kwargs, out)
+            return out
+        values = self._recorded(func, args, kwargs, out)
+        for fake, value in zip(_tensors(out), values, strict=True):
+            if not any(fake is t for t in _tensors((args, kwargs))):
+                self.enter(fake, value)
+        return out
+
+    def _recorded(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> list[Value]:
+        name = func.overloadpacket.__name__
+        rule = self._rules.get(name)
+        self.products += name in PRODUCTS
+        if rule is None and self._is_pointwise(func):
+            rule = self._rules["pointwise"]
+        if rule is not None:
+            args, kwargs = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
+            return list(rule(Call(self, func, args, kwargs, _tensors(out))))
+        decomposition = decomposition_table.get(func, func.decompose)
+        with self:
+            made = decomposition(*args, **kwargs)
+        if made is NotImplemented:
+            raise NotByRows(f"`{func}` is not known")
+        return [self.value(t) for t in _tensors(made)]
+
+    def _write(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:
+        """An operation in place is the one out of place, whose result takes the tensor's name."""
+        first = args[0]
+        packet, overload = func._schema.name.split("::")[1], func._overloadname
+        functional = getattr(torch.ops.aten, packet.removesuffix("_"), None)
+        if not packet.endswith("_") or not hasattr(functional, overload) or "out" in kwargs:
+            raise NotByRows(f"`{func}` writes to memory")
+        target = self._values.get(id(first))
+        if target is None or isinstance(target.source, Leaf):
+            raise NotByRows(f"`{func}` writes to a tensor of the program's")
+        with self:
+            made = getattr(functional, overload)(*args, **kwargs)
+            made = made if made.dtype == first.dtype else made.to(first.dtype)
+            made = made if made.shape == first.shape else made.expand(first.shape)
+        for other in self._memory[_memory_of(first)]:
+            self._changed[other] = f"`{func}` changes it in place under another name"
+        self._changed.pop(id(first))
+        self._values[id(first)] = self.value(made)
+
+
+def _memory_of(fake: Tensor) -> int:
+    return fake.untyped_storage()._cdata
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+class Call:
+    """An aten operation as its rule sees it: values in the place of tensors, arguments by name."""
+
+    def __init__(self, recorder: Recorder, func: OpOverload, args: Any, kwargs: Any, out: list[Tensor]) -> None:
+        self.name: str = func.overloadpacket.__name__
+        self.full: str = f"aten.{self.name}.{func._overloadname}"
+        self.out: list[Tensor] = out
+        self._recorder = recorder
+        schema = func._schema.arguments
+        given = dict(zip((a.name for a in schema), args, strict=False)) | dict(kwargs)
+        self.arguments: dict[str, Any] = {a.name: given.get(a.name, a.default_value) for a in schema}
+        self._by_name = {a.name for a in schema if a.kwarg_only}
+
+    @property
+    def values(self) -> list[Value]:
+        """Every tensor among the arguments."""
+        return [v for v in pytree.tree_leaves(self.arguments) if isinstance(v, Value)]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.arguments[name]
+
+    def dims(self, name: str = "dim", of: str = "self") -> list[int]:
+        """A dimension, or several, counted from the first; all where none is given."""
+        rank, given = len(self[of].dims), self.arguments.get(name)
+        if given is None or given == []:
+            return list(range(rank))
+        return [d % rank if rank else 0 for d in (given if isinstance(given, (list, tuple)) else [given])]
+
+    def written(self, /, **changed: Any) -> Made:
+        """The operation itself with arguments changed."""
+        arguments = self.arguments | changed
+        drop = {"device", "layout", "pin_memory", "memory_format", "non_blocking"}
+        args = tuple(v for k, v in arguments.items() if k not in self._by_name)
+        named = {k: v for k, v in arguments.items() if k in self._by_name and k not in drop and v is not None}
+        return Made(self.full, args, named)
+
+    def made(self, source: Made | Places, *dims: Sequence[Dim], grad: bool | None = None) -> list[Value]:
+        """The results, of these dimensions each, as an operation returns them."""
+        flows = any(v.grad for v in self.values) if grad is None else grad
+        numbers = itertools.count() if len(self.out) > 1 else itertools.repeat(None)
+        return [
+            self._recorder.new(fake, d, source, n, flows) for fake, d, n in zip(self.out, dims, numbers, strict=False)
+        ]
+
+    def fresh(self, size: int) -> Dim:
+        return fresh(size)

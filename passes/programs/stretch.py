@@ -1,0 +1,344 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where row programs begin and end in a graph.
+
+From the heads the graph is read forwards. A node that reads a value of the stretch is run by the recorder; where that refuses
+it, the node stays in the graph, and what it reads of the stretch has to come out: numbers per row may, logits may not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import Graph, Node
+from torch.utils import _pytree as pytree
+
+from ..autocast import autocast_at, under
+from ..canonical import canonical, mutated_arguments
+from ..values import Form, LogitsView, value_of
+from .axes import Axis, Dim, NotByRows, fresh, rows_in
+from .emit import row_axes, row_shape
+from .operations import RULES, is_pointwise
+from .record import Head, Leaf, Recorder, Value
+from .split import Split, reduced, split_of
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A value that leaves a stretch: a node's, or what a node's reduction is made of."""
+
+    node: Node
+    value: Value
+    split: Split | None = None
+    first: Node | None = None  # the first node that reads it
+
+
+@dataclass
+class Stretch:
+    """The nodes of a graph that may be row programs."""
+
+    heads: dict[Node, LogitsView] = field(default_factory=dict)
+    inside: list[Node] = field(default_factory=list)
+    pulled: list[Node] = field(default_factory=list)  # nodes beside it that it makes for itself, of less than logits
+    exits: list[Exit] = field(default_factory=list)
+    refused: dict[Node, str] = field(default_factory=dict)  # why a node that reads a stretch is not in it
+
+
+class _Large(Exception):
+    """Heads whose logits something outside the stretch needs."""
+
+    def __init__(self, heads: set[Node], node: Node, why: str) -> None:
+        super().__init__(why)
+        self.heads, self.node = heads, node
+
+
+def stretch_of(
+    graph: Graph, heads: dict[Node, LogitsView], views: dict[Node, LogitsView], sizes: Callable[[Any], Any]
+) -> Stretch:
+    """The stretch that begins at some heads. Those whose logits are needed for something else are left out.
+
+    Args:
+        graph: with example values.
+        heads: linear layers, and what each is.
+        views: the trace's, whose rows may have been moved.
+        sizes: a number for a size that is a symbol.
+    """
+    found = _stretch_of(graph, heads, views, sizes, pulls=True)
+    if found.refused:
+        # What is made for each row anew may be what does not fit.
+        other = _stretch_of(graph, heads, views, sizes, pulls=False)
+        found = other if len(other.heads) > len(found.heads) else found
+    return found
+
+
+def _stretch_of(graph: Graph, heads: Any, views: Any, sizes: Callable[[Any], Any], pulls: bool) -> Stretch:
+    left, refused = dict(heads), {}
+    while left:
+        reader = _Reader(graph, left, views, sizes, pulls)
+        try:
+            found = reader.read()
+        except _Large as large:
+            refused[large.node] = str(large)
+            left = {node: view for node, view in left.items() if node not in large.heads}
+            continue
+        found.refused = refused | found.refused
+        return found
+    return Stretch(refused=refused)
+
+
+class _Reader:
+    def __init__(self, graph: Graph, heads: Any, views: Any, sizes: Callable[[Any], Any], pulls: bool) -> None:
+        self._pulls = pulls
+        logits = [torch.Size([sizes(s) for s in view.shape]).numel() for view in heads.values()]
+        self._size: int = min(logits) // 2
+        self._graph, self._heads, self._views, self._sizes = graph, heads, views, sizes
+        self._recorder = Recorder(RULES, is_pointwise)
+        self._values: dict[Node, Any] = {}  # of nodes outside, with fakes of our own
+        self._inside: dict[Node, Any] = {}
+        self._from: dict[Node, set[Node]] = {}  # the heads, as the caller named them, that a node's value is made of
+        self._found = Stretch()
+        self._splits: dict[Node, tuple[Split, Tensor]] = {}
+        self._casts = any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in graph.nodes) or (
+            torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+        )
+
+    def read(self) -> Stretch:
+        for node in self._graph.nodes:
+            if node.op == "output":
+                continue
+            if node in self._heads:
+                self._begin(node, self._heads[node], {node})
+            elif any(n in self._inside for n in node.all_input_nodes):
+                self._step(node)
+        self._find_exits()
+        self._found.inside = list(self._inside)
+        return self._found
+
+    # --- heads and values of the graph
+
+    def _begin(self, node: Node, view: LogitsView, heads: set[Node]) -> None:
+        """The logits of a view, from the bare product on."""
+        rows = [self._sizes(s) for s in view.row_shape]
+        classes = self._sizes(view.classes)
+        dims: list[Dim] = [() if size == 1 else (Axis(size, row=True),) for size in rows]
+        device = value_of(node).device
+        with self._recorder.fake_mode:
+            product = torch.empty(*rows, classes, dtype=view.dtype, device=device)
+        value = Value([*dims, fresh(classes)], view.dtype, Head(node), grad=value_of(node).requires_grad)
+        self._recorder.enter(product, value)
+        bias = None
+        if view.bias is not None:
+            with self._recorder.fake_mode:
+                bias = torch.empty(classes, dtype=view.dtype, device=device)
+            flows = value.grad and view.bias.requires_grad
+            self._recorder.enter(bias, Value([fresh(classes)], view.dtype, Leaf(view.bias), grad=flows))
+        dtype = value_of(node).dtype
+
+        def logits(z: Tensor) -> Tensor:
+            z = z if bias is None else torch.add(z, bias)
+            e = view.epilogue
+            z = z if view.dtype == dtype else z.to(dtype)
+            z = z if e.scale == 1.0 else z * e.scale
+            z = z if e.softcap is None else torch.tanh(z / e.softcap) * e.softcap
+            z = z if e.post_scale == 1.0 else z * e.post_scale
+            return z if view.class_dim == len(view.shape) - 1 else torch.movedim(z, -1, view.class_dim)
+
+        self._inside[node] = self._recorder.run(logits, (product,), {})
+        self._from[node] = heads
+        self._found.heads[node] = view
+
+    def _argument(self, node: Node) -> Any:
+        if node in self._inside:
+            return self._inside[node]
+        if node not in self._values and not self._pulled(node):
+            self._values[node] = pytree.tree_map(lambda v: self._outside(node, v), value_of(node))
+        return self._values[node]
+
+    def _pulled(self, node: Node) -> bool:
+        """Whether a tensor of the size of logits that the graph makes of less is made within the stretch, row by row."""
+        value = value_of(node)
+        if not self._pulls or node.op not in ("call_function", "call_method") or not isinstance(value, Tensor):
+            return False
+        size = torch.Size(map(self._sizes, value.shape)).numel()
+        if size < self._size or any(mutated_arguments(u) for u in node.users) or mutated_arguments(node):
+            return False
+        try:
+            function, args, kwargs = self._call(node)
+            products = self._recorder.products
+            out = self._recorder.run(function, args, kwargs)
+        except Exception:  # left to the graph, which computes it whatever it is
+            return False
+        if self._recorder.products > products or not isinstance(out, Tensor):
+            return False
+        if value.requires_grad != self._recorder.value(out).grad or out.dtype != value.dtype:
+            return False
+        self._values[node] = out
+        self._found.pulled.append(node)
+        return True
+
+    def _outside(self, node: Node, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if not isinstance(value_of(node), Tensor):
+                raise NotByRows("a tensor in a tuple")
+            shape, stride = ([self._sizes(s) for s in sizes] for sizes in (value.shape, value.stride()))
+            with self._recorder.fake_mode:
+                fake = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            dims = [fresh(size) for size in shape]
+            return self._recorder.enter(fake, Value(dims, value.dtype, Leaf(node), grad=value.requires_grad))
+        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+            raise NotByRows("a number that is not known")
+        return self._sizes(value)
+
+    # --- nodes
+
+    def _step(self, node: Node) -> None:
+        try:
+            self._run(node)
+        except NotByRows as refusal:
+            if self._moved(node) or self._divided(node):
+                return
+            self._found.refused[node] = f"`{_spelling(node)}`: {refusal}"
+        except Exception as error:  # of torch's, for sizes or an operation that it has no fake of
+            self._found.refused[node] = f"`{_spelling(node)}`: {type(error).__name__}: {error}".splitlines()[0]
+
+    def _run(self, node: Node) -> None:
+        function, args, kwargs = self._call(node)
+        products, large = self._recorder.products, any(self._is_large(n) for n in node.all_input_nodes)
+        out = self._recorder.run(function, args, kwargs)
+        if self._recorder.products > products and not large:
+            raise NotByRows("a product of what has no classes any more")
+        self._keep(node, out, value_of(node))
+
+    def _call(self, node: Node) -> tuple[Callable[..., Any], Any, Any]:
+        if node.op not in ("call_function", "call_method"):
+            raise NotByRows(f"a node of kind {node.op}")
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), self._argument)
+        target: Any = node.target
+        if node.op == "call_method":
+            target = getattr(type(args[0]), str(node.target))
+        if not self._casts:
+            return target, args, kwargs
+        at = next((n for n in (node, *node.all_input_nodes) if isinstance(value_of(n), Tensor)), None)
+        if at is not node:
+            raise NotByRows("several results under autocast")
+
+        def cast(*args: Any, **kwargs: Any) -> Any:
+            with under(value_of(node).device, autocast_at(node)):
+                return target(*args, **kwargs)
+
+        return cast, args, kwargs
+
+    def _keep(self, node: Node, out: Any, example: Any) -> None:
+        made, known = pytree.tree_leaves(out), pytree.tree_leaves(example)
+        if len(made) != len(known):
+            raise NotByRows("another number of results than in the example")
+        for fake, value in zip(made, known, strict=True):
+            if not isinstance(fake, Tensor):
+                continue
+            if not isinstance(value, Tensor) or fake.dtype != value.dtype or fake.dim() != value.dim():
+                raise NotByRows("another result than in the example")
+            flows = self._recorder.value(fake).grad
+            if flows and not value.requires_grad:
+                self._recorder.detach(fake)
+            elif value.requires_grad and not flows:
+                raise NotByRows("a gradient that does not come from the operation")
+        self._inside[node] = out
+        self._from[node] = {h for n in node.all_input_nodes for h in self._from.get(n, ())}
+
+    def _moved(self, node: Node) -> bool:
+        """Rows that were moved, which a hidden state of their own makes."""
+        view = self._views.get(node)
+        if view is None or view.form is not Form.LOGITS:
+            return False
+        self._begin(node, view, {h for n in node.all_input_nodes for h in self._from.get(n, ())})
+        return True
+
+    def _divided(self, node: Node) -> bool:
+        """A reduction over rows and classes at once, whose first half is within the stretch."""
+        if not any(self._is_large(n) for n in node.all_input_nodes):
+            return False
+        split = split_of(node, value_of)
+        if split is None:
+            return False
+        try:
+            args, kwargs = torch.fx.node.map_arg((split.args, split.kwargs), self._argument)
+            rows = self._recorder.run(split.by_row, args, kwargs)
+            dims = self._recorder.value(rows).dims
+            over = [n for n, dim in enumerate(dims) if not rows_in(dim)]
+            if split.reduction == "batchmean" and (not dims or 0 in over):
+                return False
+            rows = self._recorder.run(reduced, (rows, over, split.reduction), {})
+        except NotByRows as refusal:
+            self._found.refused[node] = f"`{_spelling(node)}`: {refusal}"
+            return True
+        self._splits[node] = (split, rows)
+        return True
+
+    def _is_large(self, node: Node) -> bool:
+        if node not in self._inside:
+            return False
+        leaves = [t for t in pytree.tree_leaves(self._inside[node]) if isinstance(t, Tensor)]
+        return any(self._too_large(self._recorder.value(t), node) for t in leaves)
+
+    def _too_large(self, value: Value, node: Node) -> bool:
+        """Whether a row's value is of the size of logits."""
+        hidden = [self._sizes(self._heads[h].hidden_size) for h in self._from.get(node, ()) if h in self._heads]
+        return torch.Size(row_shape(value.dims)).numel() > max(hidden, default=0)
+
+    # --- what leaves
+
+    def _find_exits(self) -> None:
+        order = {node: number for number, node in enumerate(self._graph.nodes)}
+        for node, out in self._inside.items():
+            outside = [u for u in node.users if u not in self._inside and u not in self._splits]
+            if not outside or not isinstance(out, Tensor):
+                if any(u.op != "output" and not isinstance(out, Tensor) for u in outside):
+                    raise _Large(self._from[node], outside[0], self._found.refused.get(outside[0], "a tuple"))
+                continue
+            first = min(outside, key=order.__getitem__)
+            if self._written(node, outside):
+                raise _Large(self._from[node], first, "a value of the rows is written to")
+            if self._is_large(node):
+                if all(u.op == "output" for u in outside) and node in self._views:
+                    continue  # may become lazy
+                raise _Large(self._from[node], first, self._found.refused.get(first, "the logits are needed"))
+            self._found.exits.append(Exit(node, self._recorder.value(out), None, first))
+        for node, (split, rows) in self._splits.items():
+            self._found.exits.append(Exit(node, self._recorder.value(rows), split, node))
+        self._found.exits = [e for e in self._found.exits if row_axes(e.value.dims)]
+
+    def _written(self, node: Node, outside: list[Node]) -> bool:
+        return any(node in mutated_arguments(u) for u in outside)
+
+
+def _spelling(node: Node) -> str:
+    name = canonical(node)
+    return name if isinstance(name, str) else getattr(name, "__name__", str(name))
+
+
+def numbers(graph: Graph, first: int) -> Callable[[Any], Any]:
+    """A number for each symbol of a graph's sizes, primes from `first` on, so that sizes differ unless they are the same."""
+    given: dict[sympy.Symbol, int] = {}
+    primes = _primes(first)
+
+    def size(value: Any) -> Any:
+        if not isinstance(value, torch.SymInt):
+            return value
+        expression = value.node.expr
+        for symbol in sorted(expression.free_symbols, key=str):
+            if symbol not in given:
+                given[symbol] = next(primes)
+        return int(expression.subs(given))
+
+    return size
+
+
+def _primes(first: int) -> Iterator[int]:
+    number = first
+    while True:
+        number = int(sympy.nextprime(number))
+        yield number

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The second tier of the pass: heads that no kernel took, as row programs."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import sympy
+from torch.fx import GraphModule, Node
+
+from ...functional import makes_grads_in_forward
+from ..decide import Policy, illegal_head, least_classes, row_count
+from ..faults import Undo
+from ..memory import N
+from ..report import Rewritten
+from ..rewriter import logits_use
+from ..sharded import has_sharded_head
+from ..trace import Trace
+from ..values import Form, LogitsView, source_line
+from .axes import NotByRows
+from .emit import Emitted, emit
+from .linear import make_gradients_in_forward
+from .stretch import Exit, Stretch, numbers, stretch_of
+from .write import erase, write
+
+_log = logging.getLogger("cce_fx")
+_FIRST = (10_007, 20_011)  # sizes that are symbols are primes from these on, one after the other
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A row program that was written."""
+
+    emitted: Emitted
+    exits: tuple[Exit, ...]
+    heads: dict[Node, LogitsView]
+    grads_in_forward: bool
+
+    def reported(self) -> Rewritten:
+        """For the report; the sizes are those of the first head."""
+        node, view = next(iter(self.heads.items()))
+        rows, (width, classes) = row_count(view), (view.hidden_size, view.classes)
+        numbers = [size if isinstance(size, int) else None for size in (rows, width, classes)]
+        anchor = self.exits[-1].first or self.exits[-1].node
+        each = sum(v.classes * v.dtype.itemsize for v in self.heads.values() if isinstance(v.classes, int))
+        saved = 3 * each * N
+        needed = 4 * each * sympy.Min(128, N)
+        return Rewritten(
+            loss=anchor.name,
+            linear=node.name,
+            source=source_line(anchor),
+            path=(node.name, anchor.name),
+            sources=(source_line(node), source_line(anchor)),
+            strategy="rows, grads_in_forward" if self.grads_in_forward else "rows, recompute",
+            bytes_saved=None if numbers[0] is None else int(saved.subs(N, numbers[0])),
+            bytes_saved_expr=str(saved),
+            bytes_needed_expr=str(needed),
+            rows=numbers[0],
+            hidden_size=numbers[1],
+            classes=numbers[2],
+            logits=logits_use(view),
+        )
+
+
+def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple[list[Cut], Stretch]:
+    """Write row programs for the heads of a graph whose logits are still used, in place."""
+    heads = {node: view for node, view in found.views.items() if _is_head(node, view, policy, found)}
+    stretch = stretch_of(gm.graph, heads, found.views, numbers(gm.graph, _FIRST[0]))
+    for node, why in stretch.refused.items():
+        _log.debug("not in a row program: %s, %s", node.name, why)
+    if not stretch.exits:
+        return [], stretch
+    try:
+        if _has_symbols(stretch):
+            _check_sizes(gm, heads, found, stretch)
+        undo.remember()
+        groups = write(gm, stretch, policy)
+    except NotByRows as refusal:
+        _log.debug("no row program: %s", refusal)
+        stretch.refused[stretch.exits[0].node] = str(refusal)
+        return [], stretch
+    erase(gm, stretch)
+    done = []
+    for emitted, exits, call in groups:
+        dtype = stretch.heads[emitted.heads[0]].dtype
+        early = makes_grads_in_forward(policy.strategy, "mean", dtype)
+        early = early and make_gradients_in_forward(gm, call)
+        used = {h: stretch.heads[h] for h in emitted.heads}
+        done.append(Cut(emitted, tuple(exits), used, early))
+    gm.graph.lint()
+    gm.recompile()
+    return done, stretch
+
+
+def _is_head(node: Node, view: LogitsView, policy: Policy, found: Trace) -> bool:
+    if view.path != (node,) or view.form is not Form.LOGITS or node in found.transformed or node._erased:
+        return False
+    if not any(u.op != "output" for u in node.users) or has_sharded_head(view) or illegal_head(view) is not None:
+        return False
+    return bool(isinstance(view.classes, int) and view.classes >= least_classes(view, policy))
+
+
+def _has_symbols(stretch: Stretch) -> bool:
+    return any(not isinstance(s, int) for view in stretch.heads.values() for s in view.shape)
+
+
+def _check_sizes(gm: GraphModule, heads: dict[Node, LogitsView], found: Trace, stretch: Stretch) -> None:
+    """Raise NotByRows where the program depends on sizes that are symbols: two choices of them give two programs."""
+    other = stretch_of(gm.graph, heads, found.views, numbers(gm.graph, _FIRST[1]))
+    for one, two in zip(stretch.exits, other.exits, strict=True):
+        if emit([one.value]).program != emit([two.value]).program:
+            raise NotByRows("the program depends on a size that is not fixed")

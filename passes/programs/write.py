@@ -1,0 +1,237 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrite: one operator call for the row programs of a stretch, and what is left of its reductions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node, Proxy
+
+from ...functional import run_rows
+from ..canonical import mutated_arguments
+from ..decide import Policy
+from ..fakes import propagate
+from ..rewriter import Builder, head_operands
+from ..trace import storage_of
+from ..values import LogitsView, Operand, value_of
+from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
+from .emit import Emitted, RowInput, emit
+from .stretch import Exit, Stretch
+
+
+def write(gm: GraphModule, stretch: Stretch, policy: Policy) -> list[tuple[Emitted, list[Exit], Node]]:
+    """Write a stretch's programs into a graph, in place; the nodes of the stretch stay, with fewer users.
+
+    Returns each program, what it returns, and the call of it.
+
+    Raises NotByRows, with the graph as it was, where a program cannot be written.
+    """
+    order = {node: number for number, node in enumerate(gm.graph.nodes)}
+    groups = _groups(stretch, order)
+    done: list[tuple[Builder, list[tuple[Node, Node]], Node]] = []
+    try:
+        for emitted, exits in groups:
+            _check_memory(gm, stretch, emitted, exits, order)
+            done.append(_write_group(gm, stretch, emitted, exits, policy))
+    except BaseException:
+        for builder, replaced, _ in reversed(done):
+            for old, new in replaced:
+                new.replace_all_uses_with(old, delete_user_cb=lambda user, b=builder: user not in b.written)
+            builder.undo()
+        raise
+    return [(emitted, exits, call) for (emitted, exits), (_, _, call) in zip(groups, done, strict=True)]
+
+
+def _groups(stretch: Stretch, order: dict[Node, int]) -> list[tuple[Emitted, list[Exit]]]:
+    """The exits by the program that makes them: those with the same rows whose inputs are there before the first is read."""
+    groups: list[tuple[Emitted, list[Exit]]] = []
+    for exit in sorted(stretch.exits, key=lambda e: order[e.first]):  # type: ignore[index]
+        for number, (emitted, exits) in enumerate(groups):
+            try:
+                joined = emit([*(e.value for e in exits), exit.value])
+            except NotByRows:
+                continue
+            if joined.rows == emitted.rows and _latest(joined, stretch, order) < order[exits[0].first]:  # type: ignore[index]
+                groups[number] = (joined, [*exits, exit])
+                break
+        else:
+            groups.append((emit([exit.value]), [exit]))
+    for emitted, exits in groups:
+        if _latest(emitted, stretch, order) >= order[exits[0].first]:  # type: ignore[index]
+            raise NotByRows("a value that the program reads is made after what it makes is read")
+    return groups
+
+
+def _read(emitted: Emitted, stretch: Stretch) -> set[Node]:
+    """The graph's nodes that a program reads."""
+    found: set[Node] = set()
+    for given in (*(r.node for r in emitted.row_inputs), *emitted.shared):
+        found |= set(given.nodes) if isinstance(given, Operand) else {given} if given is not None else set()
+    for head in emitted.heads:
+        view = stretch.heads[head]
+        found |= {n for operand in (view.hidden, view.weight) for n in operand.nodes}
+    return found
+
+
+def _latest(emitted: Emitted, stretch: Stretch, order: dict[Node, int]) -> int:
+    return max(order[n] for n in _read(emitted, stretch))
+
+
+def _check_memory(
+    gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: list[Exit], order: dict[Node, int]
+) -> None:
+    """Raise where what a program reads is written to between where the stretch reads it and where the program does."""
+    read = _read(emitted, stretch)
+    memory = {storage_of(n) for n in read} - {None}
+    inside = set(stretch.inside)
+    low = min(order[n] for n in read)
+    high = max(order[n] for n in (*stretch.inside, exits[0].first))  # type: ignore[type-var]
+    for node in gm.graph.nodes:
+        if low < order.get(node, -1) < high and node not in inside:
+            if any(storage_of(n) in memory for n in mutated_arguments(node)):
+                raise NotByRows(f"`{node.name}` writes to what the program reads")
+
+
+def _write_group(
+    gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: list[Exit], policy: Policy
+) -> tuple[Builder, list[tuple[Node, Node]], Node]:
+    builder = Builder(gm.graph, {})
+    replaced: list[tuple[Node, Node]] = []
+    try:
+        with builder.before(exits[0].first):  # type: ignore[arg-type]
+            heads = [head_operands(builder, stretch.heads[h]) for h in emitted.heads]
+            rows = _Rows(emitted, stretch.heads[emitted.heads[0]], heads[0][0])
+            inputs = [rows.input(builder, given) for given in emitted.row_inputs]
+            shared = [_proxy(builder, s, stretch) for s in emitted.shared]
+            flat = [(h.reshape(-1, h_size), w) for (h, w), h_size in zip(heads, _widths(emitted, stretch), strict=True)]
+            out = run_rows(
+                [h for h, _ in flat],
+                [w for _, w in flat],
+                inputs,
+                shared,
+                emitted.program,
+                policy.workspace,
+                policy.compiled,
+            )
+            new = []
+            for number, exit in enumerate(exits):
+                value = rows.output(out[number], exit.value.dims)
+                node = exit.node
+                if exit.split is not None:
+                    value = exit.split.tail(value, value_of(node).dtype, builder.proxy)
+                new.append((node, value.node))
+        propagate(gm, builder.written, grad=True)
+        for node, made in new:
+            was, now = value_of(node), value_of(made)
+            if (was.dtype, len(was.shape), was.requires_grad) != (now.dtype, len(now.shape), now.requires_grad):
+                raise NotByRows(f"{tuple(was.shape)} {was.dtype} became {tuple(now.shape)} {now.dtype}")
+    except BaseException:
+        builder.undo()
+        raise
+    inside = {*stretch.inside, *stretch.pulled}
+    for node, made in new:
+        node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inside and user not in builder.written)
+        replaced.append((node, made))
+    return builder, replaced, out.node
+
+
+def _widths(emitted: Emitted, stretch: Stretch) -> list[Any]:
+    return [stretch.heads[h].hidden_size for h in emitted.heads]
+
+
+def _proxy(builder: Builder, given: Node | Operand, stretch: Stretch) -> Any:
+    if isinstance(given, Node):
+        return builder.proxy(given)
+    view = next(v for v in stretch.heads.values() if v.bias == given)
+    return builder.operand(given, view.dtype)
+
+
+class _Rows:
+    """Between the shapes of the program, one dimension of rows first, and those of the graph."""
+
+    def __init__(self, emitted: Emitted, view: LogitsView, hidden: Any) -> None:
+        self._axes = emitted.rows
+        self._device: torch.device = value_of(view.linear).device
+        self._sizes: dict[int, Any] = {}
+        for number, (size, dim) in enumerate(zip(view.row_shape, emitted.row_dims, strict=True)):
+            if isinstance(size, int):
+                self._sizes |= {id(axis): axis.size for axis in dim}
+            elif len(dim) == 1:
+                self._sizes[id(dim[0])] = hidden.size(number)
+            else:
+                raise NotByRows("rows of a size that is not known are divided")
+
+    def _size(self, axis: Axis) -> Any:
+        return self._sizes[id(axis)] if axis.row else axis.size
+
+    def input(self, builder: Builder, given: RowInput) -> Any:
+        """A tensor of the graph as the program takes it: (N, *shape)."""
+        axes = [axis for dim in given.dims for axis in resolved(dim)]
+        if given.node is None:
+            size = math.prod(self._size(a) for a in axes)
+            args = (size.node if isinstance(size, Proxy) else size,)
+            x = builder.proxy(builder.graph.call_function(torch.arange, args, {"device": self._device}))
+        else:
+            x = builder.proxy(given.node)
+        if not axes:
+            return x
+        present = [a for a in self._axes if any(a is b for b in axes)]
+        missing = [a for a in self._axes if all(a is not b for b in axes)]
+        others = [a for a in axes if not a.row]
+        plain = all(len(resolved(dim)) == 1 for dim in given.dims)
+        x = x if plain else x.reshape([self._size(a) for a in axes])
+        wanted = [*present, *others]
+        if [id(a) for a in wanted] != [id(a) for a in axes]:
+            x = x.permute([next(n for n, b in enumerate(axes) if b is a) for a in wanted])
+        if missing:
+            if math.prod(a.size for a in others) > 64:
+                raise NotByRows("a tensor of the size of logits would be copied for rows that share it")
+            shape = [self._size(a) if any(a is b for b in present) else 1 for a in self._axes]
+            x = x.reshape([*shape, *(a.size for a in others)])
+            x = x.expand([*(self._size(a) for a in self._axes), *(a.size for a in others)])
+        whole = len(self._axes) == 1 and plain and not missing and len(others) == len(given.shape)
+        return x if whole else x.reshape([-1, *given.shape])
+
+    def output(self, x: Any, dims: Sequence[Dim]) -> Any:
+        """What the program returns, (N, *shape), with the dimensions that it has in the graph."""
+        here = [axis for dim in dims for axis in resolved(dim)]
+        others = [axis for dim in dims for axis in others_in(dim)]
+        if (
+            len(self._axes) == 1
+            and len(dims) == 1 + len(others)
+            and dims[0]
+            and rows_in(dims[0])
+            and len(resolved(dims[0])) == 1
+        ):
+            if all(len(resolved(d)) == 1 for d in dims):
+                return x
+        x = x.reshape([*(self._size(a) for a in self._axes), *(a.size for a in others)])
+        axes = [*self._axes, *others]
+        for axis in [a for a in self._axes if all(a is not b for b in here)]:
+            at = next(n for n, b in enumerate(axes) if b is axis)
+            x = x.select(at, 0)
+            del axes[at]
+        order = [next(n for n, b in enumerate(axes) if b is a) for a in here]
+        x = x if order == list(range(len(order))) else x.permute(order)
+        sizes = [self._product(dim) for dim in dims]
+        return x if all(len(resolved(d)) == 1 for d in dims) else x.reshape(sizes)
+
+    def _product(self, dim: Dim) -> Any:
+        axes = resolved(dim)
+        return math.prod(self._size(a) for a in axes) if axes else 1
+
+
+def erase(gm: GraphModule, stretch: Stretch) -> None:
+    """Erase the nodes of a stretch that nothing reads any more, those that write to what nothing reads among them."""
+    order = {node: number for number, node in enumerate(gm.graph.nodes)}
+    divided = [e.node for e in stretch.exits if e.split is not None]
+    nodes = {n for n in (*stretch.inside, *stretch.pulled, *divided) if n in order}
+    for node in sorted(nodes, key=order.__getitem__, reverse=True):
+        read = [n for n in mutated_arguments(node) for u in n.users if u is not node]
+        if not node.users and not read:
+            gm.graph.erase_node(node)
+    gm.graph.lint()
+    gm.recompile()
