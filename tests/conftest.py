@@ -3,6 +3,9 @@
 
 They run on a GPU, or with TRITON_INTERPRET=1 on CPU tensors through Triton's interpreter: `python -m pytest -m gpu`. Where
 there is neither, they are deselected. A test that takes the fixture `device` runs on the CPU, and once more marked `gpu`.
+
+With `-n 2` of pytest-xdist the tests are divided among processes of one thread each. `--dist loadgroup` keeps together what
+shares an expensive start.
 """
 
 from __future__ import annotations
@@ -10,7 +13,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import zlib
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +25,15 @@ import torch
 from .device import INTERPRETED, accelerator, faster_interpreter, larger_tiles
 
 LEFT_OUT = pytest.StashKey[int]()
+HERE = Path(__file__).parent
+# Folders and files whose tests stay in one process: groups of processes that live on, a tokenizer, trl, and architectures.
+TOGETHER = ("distributed", "stacks", "test_examples.py", "test_zoo.py", "test_docs.py")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# Inductor compiles here: a pool of its own would be started for each of these processes, and torch imported in it.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)], scope="session")
@@ -57,8 +73,38 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left if out else run).append(item)
     if left:
         config.stash[LEFT_OUT] = len(left)
+    if part := int(os.environ.get("CCE_FX_SAMPLE", "0")):
+        chosen = set(sample(run, part))
+        left += [item for item in run if item not in chosen]
+        run = [item for item in run if item in chosen]
+    if left:
         config.hook.pytest_deselected(items=left)
         items[:] = run
+    for item in items:
+        top = item.path.relative_to(HERE).parts[0]
+        if top in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(top))
+
+
+def sample(items: list[pytest.Item], part: int) -> list[pytest.Item]:
+    """Of each test function one of `part` cases, one at the least, always the same."""
+    cases: dict[Any, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        cases[item.path, getattr(item, "originalname", item.name)].append(item)
+    drawn = (sorted(group, key=lambda item: zlib.crc32(item.name.encode())) for group in cases.values())
+    return [item for group in drawn for item in group[: -(-len(group) // part)]]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a process of pytest-xdist left out, for the summary."""
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[LEFT_OUT] = max(output.get("left_out", 0), node.config.stash.get(LEFT_OUT, 0))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -217,6 +217,17 @@ def test_training_is_compared_with_eagers_own_noise(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(quality, "RUNS", {name: quality.RUNS[name] for name in ("eager", "eager, moved by an ulp (1)")})
     monkeypatch.setattr(quality, "PRECISIONS", ("float32",))
+    # Neither a tokenizer is trained here nor a process started.
+    tokens = torch.randint(512, (10_000,), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    monkeypatch.setattr(quality.corpus, "load_tokens", lambda vocab, cache: tokens)
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        threads = torch.get_num_threads()
+        losses = quality.train(**json.loads(command[-1]))
+        torch.set_num_threads(threads)
+        return subprocess.CompletedProcess(command, 0, json.dumps(losses))
+
+    monkeypatch.setattr(quality.subprocess, "run", run)
     main(f"quality --steps 3 --vocab 512 --cache {tmp_path} --json {tmp_path / 'q.json'}".split())
     found = json.loads((tmp_path / "q.json").read_text())["float32"]
     assert max(quality.distances(found, "eager, moved by an ulp (1)")) < 1e-3 < found["eager"][0]

@@ -124,7 +124,9 @@ def _grads(node: Node) -> bool:
     """Whether a gradient may flow through a reader. None flows through sizes."""
     leaves = pytree.tree_leaves(value_of(node))
     numbers = all(isinstance(v, (int, torch.SymInt)) for v in leaves) and leaves
-    return not numbers and (node.op == "output" or any(not isinstance(v, Tensor) or v.requires_grad for v in leaves) or not leaves)
+    return not numbers and (
+        node.op == "output" or any(not isinstance(v, Tensor) or v.requires_grad for v in leaves) or not leaves
+    )
 
 
 def make_gradients_in_forward(gm: GraphModule, call: Node) -> bool:

@@ -168,7 +168,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if not _tensors(out) and not _tensors((args, kwargs)) or func.namespace == "prim":
+        if (not _tensors(out) and not _tensors((args, kwargs))) or func.namespace == "prim":
             return out
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotByRows(f"`{func}` draws random numbers")
