@@ -19,7 +19,7 @@ from . import fakes
 from .decide import Policy, decide
 from .faults import Fault, Undo, failed, stage
 from .modules import inline_known
-from .programs.tier import cut_rows
+from .programs.tier import Cut, cut_rows
 from .registry import rules_text
 from .report import Declined, Report, Rewritten
 from .rewriter import erase_unused, logits_use, rewrite_site
@@ -61,13 +61,13 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
             erase_unused(gm.graph, list(reversed(found.views)))
             gm.graph.lint()
             gm.recompile()
-        report.rewritten += [Rewritten.of(site, logits_use(site.candidate.view)) for site in done]
+    cuts: list[Cut] = []
     if policy.tiers == "all":
         with stage("row programs", output_of(gm.graph)):
-            cuts, stretch = cut_rows(gm, found, policy, undo)
-        report.rewritten += [cut.reported() for cut in cuts]
-        within = {*stretch.inside, *(e.node for e in stretch.exits)} if cuts else set()
+            cuts, within = cut_rows(gm, found, policy, undo)
         declines = [d for d in declines if d.node not in within]
+    report.rewritten += [Rewritten.of(site, logits_use(site.candidate.view)) for site in done]
+    report.rewritten += [cut.reported() for cut in cuts]
     report.declined += [Declined.of(d) for d in declines]
     for body in _bodies(gm, found):
         # A checkpoint runs its body twice: gradients made in the first run would be thrown away.

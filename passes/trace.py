@@ -30,6 +30,7 @@ class Trace:
     """What a graph holds."""
 
     views: dict[Node, LogitsView] = field(default_factory=dict)
+    heads: dict[Node, LogitsView] = field(default_factory=dict)  # those at their linear layers, changed later or not
     candidates: list[Candidate] = field(default_factory=list)
     declines: list[Decline] = field(default_factory=list)  # of losses
     stops: dict[Node, Decline] = field(default_factory=dict)  # nodes at which a view ended
@@ -67,6 +68,8 @@ def trace(graph: Graph) -> Trace:
             outcome = _outcome(found, node, name)
         if isinstance(outcome, LogitsView):
             found.views[node] = outcome
+            if outcome.path == (node,):
+                found.heads[node] = outcome
         elif isinstance(outcome, Candidate):
             found.candidates.append(_grad_cut(outcome))
         elif isinstance(outcome, Decline):

@@ -63,6 +63,8 @@ def _map(argument: object, function: Callable[[Value], object]) -> object:
 @_rule("clone", "alias", "detach", "lift_fresh", "lift_fresh_copy", "contiguous", "_conj", "resolve_conj")
 def same(call: Call) -> list[Value]:
     (value,) = call.values
+    if isinstance(value.source, Places):
+        return call.made(value.source, value.dims)
     detached = call.name == "detach"
     operation = "aten.detach.default" if detached else "aten.alias.default"
     return call.made(Made(operation, (value,)), value.dims, grad=value.grad and not detached)
@@ -211,24 +213,60 @@ def looked_up(call: Call) -> list[Value]:
     return call.made(Made("aten.index.Tensor", (value, Chosen(value.dims, tuple(chosen)))), dims)
 
 
+def _chosen_places(call: Call, value: Value, chosen: list[Value | None]) -> tuple[list[int], list[Dim]]:
+    """The dimensions that index tensors choose places of, and those of the index tensors. Along rows only each row's own
+    place may be chosen."""
+    given = {n: i for n, i in enumerate(chosen) if i is not None}
+    at = list(given)
+    if at != list(range(at[0], at[-1] + 1)) or any(i.dtype == torch.bool for i in given.values()):
+        raise NotByRows(f"`{call.name}` by a mask, or at dimensions that are apart")
+    for n, i in given.items():
+        rows = any(axis.row for axis in resolved(value.dims[n]))
+        if rows and isinstance(i.source, Places):
+            (dim,) = [d for d in i.dims if d]
+            join(value.dims[n], dim)
+        else:
+            mix(value.dims[n], call.name)
+    return at, _broadcast(list(given.values()))
+
+
 @_rule("index")
 def index(call: Call) -> list[Value]:
     """Places by index tensors; along rows only each row's own place."""
     value, chosen = call["self"], list(call["indices"])
-    at = [n for n, i in enumerate(chosen) if i is not None]
-    if at != list(range(at[0], at[-1] + 1)) or any(chosen[n].dtype == torch.bool for n in at):
-        raise NotByRows("`index` by a mask, or at dimensions that are apart")
-    for n in at:
-        rows = any(axis.row for axis in resolved(value.dims[n]))
-        if rows and isinstance(chosen[n].source, Places):
-            (dim,) = [d for d in chosen[n].dims if d]
-            join(value.dims[n], dim)
-        else:
-            mix(value.dims[n], call.name)
-    among = _broadcast([chosen[n] for n in at])
+    at, among = _chosen_places(call, value, chosen)
     dims = [*value.dims[: at[0]], *among, *value.dims[at[-1] + 1 :]]
     aligned = [None if i is None else Aligned(i, among) for i in chosen]
     return call.made(Made("aten.index.Tensor", (value, Chosen(value.dims, tuple(aligned)))), dims)
+
+
+@_rule("index_put")
+def index_put(call: Call) -> list[Value]:
+    """The places that `index` takes, written over."""
+    value, chosen = call["self"], list(call["indices"])
+    at, among = _chosen_places(call, value, chosen)
+    if at[-1] != len(value.dims) - 1:
+        raise NotByRows("`index_put` of whole dimensions")
+    for have, want in zip(reversed(call["values"].dims), reversed(among), strict=False):
+        if have:
+            join(have, want)
+    aligned = [None if i is None else Aligned(i, among) for i in chosen]
+    made = Made(
+        call.full, (value, Chosen(value.dims, tuple(aligned)), Aligned(call["values"], among), call["accumulate"])
+    )
+    return call.made(made, value.dims)
+
+
+@_rule("select_scatter", "slice_scatter")
+def scattered(call: Call) -> list[Value]:
+    """A part of a dimension, written over."""
+    value, source, (d,) = call["self"], call["src"], call.dims("dim")
+    mix(value.dims[d], call.name)
+    others = [dim for n, dim in enumerate(value.dims) if n != d]
+    beside = list(source.dims) if call.name == "select_scatter" else [x for n, x in enumerate(source.dims) if n != d]
+    for a, b in zip(others, beside, strict=True):
+        join(a, b)
+    return call.made(call.written(dim=At(value.dims, d)), value.dims)
 
 
 @_rule(*PRODUCTS)

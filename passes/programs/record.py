@@ -125,6 +125,9 @@ class Recorder(TorchDispatchMode):
         self._values: dict[int, Value] = {}
         self._changed: dict[int, str] = {}  # fakes whose memory an operation wrote to by another name
         self._kept: list[Tensor] = []  # an id is a tensor's only while it lives
+        self._views: dict[
+            int, tuple[Tensor, Any, tuple[Any, ...]]
+        ] = {}  # of what, by which operation, and its arguments
         self._memory: dict[int, list[int]] = {}  # fakes by their storage
         self.products: int = 0  # how many were recorded
 
@@ -147,7 +150,11 @@ class Recorder(TorchDispatchMode):
         if id(fake) in self._changed:
             raise NotByRows(self._changed[id(fake)])
         if id(fake) not in self._values:
-            raise NotByRows("a constant tensor of the program's own")
+            constant = getattr(fake, "constant", None)
+            if constant is None or constant.dim():
+                raise NotByRows("a constant tensor of the program's own")
+            made = Made("aten.full.default", (Shape(()), constant.item()), {"dtype": fake.dtype})
+            self.enter(fake, Value([], fake.dtype, made))
         return self._values[id(fake)]
 
     def knows(self, fake: object) -> bool:
@@ -179,6 +186,8 @@ class Recorder(TorchDispatchMode):
         for fake, value in zip(_tensors(out), values, strict=True):
             if not any(fake is t for t in _tensors((args, kwargs))):
                 self.enter(fake, value)
+                if func.is_view and fake is out:
+                    self._views[id(fake)] = (args[0], func, args[1:])
         return out
 
     def _recorded(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> list[Value]:
@@ -211,10 +220,35 @@ class Recorder(TorchDispatchMode):
             made = getattr(functional, overload)(*args, **kwargs)
             made = made if made.dtype == first.dtype else made.to(first.dtype)
             made = made if made.shape == first.shape else made.expand(first.shape)
-        for other in self._memory[_memory_of(first)]:
-            self._changed[other] = f"`{func}` changes it in place under another name"
-        self._changed.pop(id(first))
+        written = {id(first)}
         self._values[id(first)] = self.value(made)
+        part = first
+        while id(part) in self._views:  # what a part is of is written to as well
+            whole, view, rest = self._views[id(part)]
+            if self.value(whole).grad and view is torch.ops.aten.detach.default:
+                raise NotByRows("logits are written to under another name, of which no gradient knows")
+            with self:
+                part_made = _written_back(view, whole, made, rest)
+            written.add(id(whole))
+            self._values[id(whole)] = self.value(part_made)
+            part, made = whole, part_made
+        for other in self._memory[_memory_of(first)]:
+            if other not in written:
+                self._changed[other] = f"`{func}` changes it in place under another name"
+
+
+def _written_back(view: OpOverload, whole: Tensor, part: Tensor, rest: tuple[Any, ...]) -> Tensor:
+    """What a tensor is after a view of it was written over."""
+    name, aten = view.overloadpacket.__name__, torch.ops.aten
+    if name == "select":
+        return aten.select_scatter.default(whole, part, *rest)
+    if name == "slice":
+        return aten.slice_scatter.default(whole, part, *rest)
+    if name in ("view", "_unsafe_view", "unsqueeze", "squeeze", "alias"):
+        return aten.reshape.default(part, list(whole.shape))
+    if name == "detach":
+        return part
+    raise NotByRows(f"a part of a tensor, by `{name}`, is written to")
 
 
 def _memory_of(fake: Tensor) -> int:

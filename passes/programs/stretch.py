@@ -68,7 +68,7 @@ def stretch_of(
         sizes: a number for a size that is a symbol.
     """
     found = _stretch_of(graph, heads, views, sizes, pulls=True)
-    if found.refused:
+    if len(found.heads) < len(heads):
         # What is made for each row anew may be what does not fit.
         other = _stretch_of(graph, heads, views, sizes, pulls=False)
         found = other if len(other.heads) > len(found.heads) else found
@@ -161,10 +161,19 @@ class _Reader:
     def _pulled(self, node: Node) -> bool:
         """Whether a tensor of the size of logits that the graph makes of less is made within the stretch, row by row."""
         value = value_of(node)
-        if not self._pulls or node.op not in ("call_function", "call_method") or not isinstance(value, Tensor):
+        places = canonical(node) == "arange"  # whose numbers may be those of the rows
+        if (
+            not (self._pulls or places)
+            or node.op not in ("call_function", "call_method")
+            or not isinstance(value, Tensor)
+        ):
             return False
         size = torch.Size(map(self._sizes, value.shape)).numel()
-        if size < self._size or any(mutated_arguments(u) for u in node.users) or mutated_arguments(node):
+        if (
+            (size < self._size and not places)
+            or any(mutated_arguments(u) for u in node.users)
+            or mutated_arguments(node)
+        ):
             return False
         try:
             function, args, kwargs = self._call(node)

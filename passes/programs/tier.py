@@ -63,14 +63,17 @@ class Cut:
         )
 
 
-def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple[list[Cut], Stretch]:
-    """Write row programs for the heads of a graph whose logits are still used, in place."""
-    heads = {node: view for node, view in found.views.items() if _is_head(node, view, policy, found)}
+def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple[list[Cut], set[Node]]:
+    """Write row programs for the heads of a graph whose logits are still used, in place.
+
+    Returns what was written, and the nodes that are gone with it.
+    """
+    heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
     stretch = stretch_of(gm.graph, heads, found.views, numbers(gm.graph, _FIRST[0]))
     for node, why in stretch.refused.items():
         _log.debug("not in a row program: %s, %s", node.name, why)
     if not stretch.exits:
-        return [], stretch
+        return [], set()
     try:
         if _has_symbols(stretch):
             _check_sizes(gm, heads, found, stretch)
@@ -78,8 +81,7 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple
         groups = write(gm, stretch, policy)
     except NotByRows as refusal:
         _log.debug("no row program: %s", refusal)
-        stretch.refused[stretch.exits[0].node] = str(refusal)
-        return [], stretch
+        return [], set()
     erase(gm, stretch)
     done = []
     for emitted, exits, call in groups:
@@ -90,11 +92,11 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple
         done.append(Cut(emitted, tuple(exits), used, early))
     gm.graph.lint()
     gm.recompile()
-    return done, stretch
+    return done, {*stretch.inside, *(e.node for e in stretch.exits)}
 
 
 def _is_head(node: Node, view: LogitsView, policy: Policy, found: Trace) -> bool:
-    if view.path != (node,) or view.form is not Form.LOGITS or node in found.transformed or node._erased:
+    if view.form is not Form.LOGITS or node in found.transformed or node._erased:
         return False
     if not any(u.op != "output" for u in node.users) or has_sharded_head(view) or illegal_head(view) is not None:
         return False
