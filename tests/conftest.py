@@ -4,16 +4,16 @@
 They run on a GPU, or with TRITON_INTERPRET=1 on CPU tensors through Triton's interpreter: `python -m pytest -m gpu`. Where
 there is neither, they are deselected. A test that takes the fixture `device` runs on the CPU, and once more marked `gpu`.
 
-With `-n 2` of pytest-xdist the tests are divided among processes of one thread each. `--dist loadgroup` keeps together what
-shares an expensive start.
+With `-n 2` of pytest-xdist the tests are divided among processes of one thread each; what shares an expensive start stays
+together. A process that ends or hangs is not started again: its test has failed, and the other process does the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,8 +61,16 @@ def _tiles() -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "dist", "no") == "load":  # what `-n 2` alone means
+        config.option.dist, config.option.maxworkerrestart = "loadgroup", "0"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    for item in set(items) - set(sampled(items)):
+        item.add_marker("slow")
+    result = yield  # `-m` chooses
     run, left = [], []
     for item in items:
         marked = item.get_closest_marker("gpu") is not None
@@ -73,26 +81,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left if out else run).append(item)
     if left:
         config.stash[LEFT_OUT] = len(left)
-    if part := int(os.environ.get("CCE_FX_SAMPLE", "0")):
-        chosen = set(sample(run, part))
-        left += [item for item in run if item not in chosen]
-        run = [item for item in run if item in chosen]
+    kept = set(sampled(run, int(os.environ.get("CCE_FX_SAMPLE", "1"))))
+    left += [item for item in run if item not in kept]
     if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = run
+        items[:] = [item for item in run if item in kept]
     for item in items:
         top = item.path.relative_to(HERE).parts[0]
         if top in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(top))
+    return result
 
 
-def sample(items: list[pytest.Item], part: int) -> list[pytest.Item]:
-    """Of each test function one of `part` cases, one at the least, always the same."""
+def sampled(items: list[pytest.Item], every: int | None = None) -> list[pytest.Item]:
+    """Of each test function one case in `every`, one at the least, always the same ones; as it is marked without `every`."""
     cases: dict[Any, list[pytest.Item]] = defaultdict(list)
     for item in items:
         cases[item.path, getattr(item, "originalname", item.name)].append(item)
-    drawn = (sorted(group, key=lambda item: zlib.crc32(item.name.encode())) for group in cases.values())
-    return [item for group in drawn for item in group[: -(-len(group) // part)]]
+    found = []
+    for group in cases.values():
+        mark = group[0].get_closest_marker("sample")
+        part = every or (mark.args[0] if mark else 1)
+        found += sorted(group, key=lambda item: hashlib.sha256(item.name.encode()).digest())[: -(-len(group) // part)]
+    return found
 
 
 @pytest.hookimpl(optionalhook=True)

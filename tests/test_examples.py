@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each example, run as a user runs it, in a short mode: it ends well, its files are there, its figures make sense."""
 
+import getpass
+import hashlib
 import importlib
 import json
 import math
@@ -9,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -24,9 +27,10 @@ for package in ("tokenizers", "rich", "matplotlib", "transformers", "accelerate"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """One tokenizer for all examples of this file."""
-    return tmp_path_factory.mktemp("cache")
+def cache() -> Path:
+    """One tokenizer for all examples of this file, kept from run to run: a file's name has a digest of the text."""
+    digest = hashlib.sha256((EXAMPLES / "support" / "corpus.py").read_bytes()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"cce_fx_tests_{getpass.getuser()}" / digest
 
 
 def command(script: str, *arguments: str | Path) -> list[str]:
