@@ -85,3 +85,4 @@ def static(session: nox.Session, triton: str) -> None:
     """What each triton makes of the GPU's kernels, and the kernels in its interpreter; no GPU is needed."""
     _install(session, "2.13", "test", triton=triton)
     session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/triton"]))
+    session.run("python", "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", env={"TRITON_INTERPRET": "1"})

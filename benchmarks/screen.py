@@ -115,7 +115,9 @@ def main(arguments: list[str]) -> None:
     console.print(describe(about))
     for use in args.uses.split(","):
         done = {r["shape"] for r in store.find(arch=args.arch, use=use)}
-        for shape in track([s for s in grid(use, args.arch) if short(s) not in done], use, console, transient=True):
+        for shape in track(
+            [s for s in grid(use, args.arch) if short(s) not in done], use, console=console, transient=True
+        ):
             row = examined(BY_ARCH[args.arch], use, shape)
             store.replace(ordered([*store.find(arch=args.arch, use=use), row]), arch=args.arch, use=use)
         console.print(view(store.rows, args.arch, use, args.most).rich())

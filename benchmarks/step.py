@@ -3,7 +3,8 @@
 
 The model is transformers' own, unmodified, of 72 million parameters with tied embeddings at the default sizes.
 Steps are interleaved, medians of `--rounds`. The peak is what a step (forward, backward, fused AdamW) holds beyond the
-weights and the optimizer's state, its gradients included, counted exactly by torch's profiler.
+weights and the optimizer's state, its gradients included, counted exactly by torch's profiler or by the GPU's allocator.
+It runs on the GPU that is there, in bfloat16 by autocast; `--device cpu` does not.
 """
 
 from __future__ import annotations
@@ -19,8 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import interleaved, peak_bytes
+from examples.support import devices
 
 BACKENDS = ("eager", "inductor", "cce")
+SIZES = {
+    "cpu": {"vocab": 128256, "width": 512, "layers": 2, "batch": 4, "length": 1024},
+    "cuda": {"vocab": 128256, "width": 2048, "layers": 4, "batch": 8, "length": 1024},
+}
 
 
 def stepper(backend: str, args: argparse.Namespace) -> tuple[Callable[[], float], int]:
@@ -40,14 +46,16 @@ def stepper(backend: str, args: argparse.Namespace) -> tuple[Callable[[], float]
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = LlamaForCausalLM(config).train()
+    model = LlamaForCausalLM(config).to(args.device).train()
     if backend != "eager":
         model.compile(backend=backend)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     tokens = torch.randint(args.vocab, (args.batch, args.length), generator=torch.Generator().manual_seed(1))
+    tokens, autocast = tokens.to(args.device), devices.autocast(args.device, args.dtype)
 
     def step() -> float:
-        loss = model(input_ids=tokens, labels=tokens).loss
+        with autocast():
+            loss = model(input_ids=tokens, labels=tokens).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -60,25 +68,22 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--length", type=int, default=1024)
+    devices.add_arguments(parser, SIZES)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(BACKENDS))
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
+    devices.settle(args, SIZES)
     steps, parameters, losses, peaks = {}, 0, {}, {}
     for backend in args.only.split(","):
         steps[backend], parameters = stepper(backend, args)
         losses[backend] = steps[backend]()  # compiles, and makes the optimizer's state
-        peaks[backend] = peak_bytes(steps[backend])
-    times = interleaved(steps, args.rounds)
+        peaks[backend] = peak_bytes(steps[backend], args.device)
+    times = interleaved(steps, args.rounds, args.device)
     table = Table(
         "backend", "first loss", "median step", "of eager", "peak", "of eager",
         title=f"{parameters / 1e6:.0f} M parameters, V={args.vocab}, D={args.width}, N={args.batch * args.length}, "
-        f"float32, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        f"{devices.describe(args.device, args.dtype)}, {torch.get_num_threads()} threads, torch {torch.__version__}",
     )  # fmt: skip
     first = next(iter(steps))
     for name in steps:

@@ -42,7 +42,7 @@ def time_text(seconds: Sequence[float]) -> str:
         spread = (high - low) / 2
     for unit, factor in (("s", 1.0), ("ms", 1e3), ("us", 1e6)):
         if middle * factor >= 1 or unit == "us":
-            return f"{middle * factor:.3g} ± {spread * factor:.1g} {unit}"
+            return f"{middle * factor:.3g} ± {float(f'{spread * factor:.1g}'):g} {unit}"
     raise AssertionError
 
 

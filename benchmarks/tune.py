@@ -16,7 +16,7 @@ import argparse
 import json
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import MISSING, asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +223,8 @@ def config_text(rows: list[Row], dtype: str, device: str) -> str:
 
 
 def short(shape: Shape) -> str:
-    """As `machines.py` writes it: `Tile(128, 256, 64, 8, 3)`."""
-    values = [v for v in asdict(shape).values() if v is not False]
-    return f"{type(shape).__name__}({', '.join(map(str, values))})"
+    """As `machines.py` writes it: `Tile(128, 256, 64, 8, 3, tma=True)`."""
+    named = {f.name: getattr(shape, f.name) for f in fields(shape) if f.default is not MISSING}
+    sizes = [str(v) for name, v in asdict(shape).items() if name not in named]
+    others = [f"{f.name}={named[f.name]}" for f in fields(shape) if f.name in named and named[f.name] != f.default]
+    return f"{type(shape).__name__}({', '.join([*sizes, *others])})"

@@ -3,14 +3,21 @@
 
 They run on a GPU, or with TRITON_INTERPRET=1 on CPU tensors through Triton's interpreter: `python -m pytest -m gpu`. Where
 there is neither, they are deselected. A test that takes the fixture `device` runs on the CPU, and once more marked `gpu`.
+
+With `-n 2` of pytest-xdist the tests are divided among processes of one thread each; what shares an expensive start stays
+together. A process that ends or hangs is not started again: its test has failed, and the other process does the rest.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import signal
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +25,15 @@ import torch
 from .device import INTERPRETED, accelerator, faster_interpreter, larger_tiles
 
 LEFT_OUT = pytest.StashKey[int]()
+HERE = Path(__file__).parent
+# Folders and files whose tests stay in one process: groups of processes that live on, a tokenizer, trl, and architectures.
+TOGETHER = ("distributed", "stacks", "test_examples.py", "test_zoo.py", "test_docs.py")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+# Inductor compiles here: a pool of its own would be started for each of these processes, and torch imported in it.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 @pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)], scope="session")
@@ -45,8 +61,16 @@ def _tiles() -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if getattr(config.option, "dist", "no") == "load":  # what `-n 2` alone means
+        config.option.dist, config.option.maxworkerrestart = "loadgroup", "0"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    for item in set(items) - set(sampled(items)):
+        item.add_marker("slow")
+    result = yield  # `-m` chooses
     run, left = [], []
     for item in items:
         marked = item.get_closest_marker("gpu") is not None
@@ -57,8 +81,41 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (left if out else run).append(item)
     if left:
         config.stash[LEFT_OUT] = len(left)
+    kept = set(sampled(run, int(os.environ.get("CCE_FX_SAMPLE", "1"))))
+    left += [item for item in run if item not in kept]
+    if left:
         config.hook.pytest_deselected(items=left)
-        items[:] = run
+        items[:] = [item for item in run if item in kept]
+    for item in items:
+        top = item.path.relative_to(HERE).parts[0]
+        if top in TOGETHER:
+            item.add_marker(pytest.mark.xdist_group(top))
+    return result
+
+
+def sampled(items: list[pytest.Item], every: int | None = None) -> list[pytest.Item]:
+    """Of each test function one case in `every`, one at the least, always the same ones; as it is marked without `every`."""
+    cases: dict[Any, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        cases[item.path, getattr(item, "originalname", item.name)].append(item)
+    found = []
+    for group in cases.values():
+        mark = group[0].get_closest_marker("sample")
+        part = every or (mark.args[0] if mark else 1)
+        found += sorted(group, key=lambda item: hashlib.sha256(item.name.encode()).digest())[: -(-len(group) // part)]
+    return found
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """What a process of pytest-xdist left out, for the summary."""
+    output = getattr(node, "workeroutput", {})
+    node.config.stash[LEFT_OUT] = max(output.get("left_out", 0), node.config.stash.get(LEFT_OUT, 0))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["left_out"] = session.config.stash.get(LEFT_OUT, 0)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

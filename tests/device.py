@@ -22,11 +22,15 @@ def accelerator() -> torch.device:
 
 @contextlib.contextmanager
 def faster_interpreter() -> Iterator[None]:
-    """A kernel's calls of device functions without patching `triton.language` again for each."""
+    """A kernel's calls of device functions without patching `triton.language` again for each, on tensors as they are.
+
+    They lie on the CPU, and triton would copy none, but keep them alive in a cycle of references until it is collected.
+    """
     import triton.language as tl
-    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.interpreter import GridExecutor, InterpretedFunction
 
     call, uses = InterpretedFunction.__call__, {}
+    copied, restored = GridExecutor._init_args_hst, GridExecutor._restore_args_dev
 
     def nested(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.fn not in uses:
@@ -36,10 +40,13 @@ def faster_interpreter() -> Iterator[None]:
         return self.rewrite()(*args, **kwargs)
 
     InterpretedFunction.__call__ = nested
+    GridExecutor._init_args_hst = lambda self, args, kwargs: (args, kwargs)
+    GridExecutor._restore_args_dev = lambda self, *args: None
     try:
         yield
     finally:
         InterpretedFunction.__call__ = call
+        GridExecutor._init_args_hst, GridExecutor._restore_args_dev = copied, restored
 
 
 @contextlib.contextmanager

@@ -18,26 +18,6 @@ from benchmarks.__main__ import COMMANDS, main
 ROOT = Path(__file__).parent.parent
 
 
-def test_gpu_program_compares_what_runs_here_and_names_the_rest(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    main([*"gpu --device cpu --dtype float32 --shape 40,32,300 --rounds 2 --out".split(), str(tmp_path)])
-    (path,) = tmp_path.glob("*.json")
-    assert path.with_suffix(".png").stat().st_size > 10_000
-    found = {r["implementation"]: r for r in json.loads(path.read_text())["results"]}
-    assert list(found) == [p.name for p in candidates.peers("cpu")]
-    for name in ("eager", "inductor", "cce_fx", "cce_fx, recompute"):
-        assert found[name]["both"] > 0 < found[name]["forward"] and max(found[name]["error"].values()) < 1e-5
-    assert found["liger-kernel"]["note"] and found["liger-kernel"]["both"] is None
-    assert "runs on a GPU only" in capsys.readouterr().out
-
-
-def test_gpu_program_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no GPU"):
-        main(["gpu"])
-
-
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:

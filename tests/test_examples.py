@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Each example, run as a user runs it, in a short mode: it ends well, its files are there, its figures make sense."""
 
+import getpass
+import hashlib
+import importlib
 import json
 import math
 import os
@@ -8,6 +11,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -23,9 +27,10 @@ for package in ("tokenizers", "rich", "matplotlib", "transformers", "accelerate"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """One tokenizer for all examples of this file."""
-    return tmp_path_factory.mktemp("cache")
+def cache() -> Path:
+    """One tokenizer for all examples of this file, kept from run to run: a file's name has a digest of the text."""
+    digest = hashlib.sha256((EXAMPLES / "support" / "corpus.py").read_bytes()).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"cce_fx_tests_{getpass.getuser()}" / digest
 
 
 def command(script: str, *arguments: str | Path) -> list[str]:
@@ -48,10 +53,19 @@ def run(folder: Path, script: str, *arguments: str | Path) -> str:
 USERS = ["train_lm.py", "hf_trainer.py", "recommender.py", "train_distributed.py"]
 
 
+@pytest.fixture
+def here(monkeypatch):
+    """An example's module in this process, where nothing is trained."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    return lambda script: importlib.import_module(script.removesuffix(".py"))
+
+
 @pytest.mark.parametrize("script", USERS)
-def test_help_says_what_it_does(script, tmp_path):
-    text = run(tmp_path, script, "--help")
-    assert "usage" in text and "--steps" in text
+def test_help_says_what_it_does(script, here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        here(script).parse_arguments(["--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "usage" in text and "--steps" in text
 
 
 def test_no_example_imports_the_package():
@@ -102,9 +116,9 @@ def test_train_lm_goes_on_when_one_way_fails(tmp_path, cache):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("script", ["train_lm.py", "hf_trainer.py", "recommender.py"])
-def test_a_gpu_that_is_not_there_is_told(script, tmp_path):
-    done = subprocess.run(command(script, "--device", "cuda"), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1 and "torch.cuda.is_available() is False" in done.stderr
+def test_a_gpu_that_is_not_there_is_told(script, here):
+    with pytest.raises(SystemExit, match=r"torch.cuda.is_available\(\) is False"):
+        here(script).main(["--device", "cuda"])
 
 
 def test_train_lm_fits_the_steps_to_the_minutes(tmp_path, cache):
@@ -114,10 +128,11 @@ def test_train_lm_fits_the_steps_to_the_minutes(tmp_path, cache):
     assert list(figures["runs"]) == ["eager"]
 
 
-def test_train_lm_refuses_an_unknown_way(tmp_path):
-    done = subprocess.run(command("train_lm.py", "--only", "eagre"), env=environment(), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "eagre" in done.stderr and "inductor" in done.stderr
+def test_train_lm_refuses_an_unknown_way(here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        here("train_lm.py").main(["--only", "eagre"])
+    text = capsys.readouterr().err
+    assert stop.value.code == 2 and "eagre" in text and "inductor" in text
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes under /proc")
@@ -190,7 +205,15 @@ def distributed(folder: Path, *arguments: str) -> tuple[str, float]:
     return done.stdout, float(re.search(r"peak memory .*: ([\d.]+) MiB", done.stdout)[1])
 
 
-@pytest.mark.parametrize("way", [[], ["--fsdp"], ["--tp"]], ids=["DDP", "FSDP2", "TP"])
+# Each way starts eight processes; tests/distributed has what they rest on.
+WAYS = [
+    pytest.param([], id="DDP"),
+    pytest.param(["--fsdp"], id="FSDP2", marks=pytest.mark.slow),
+    pytest.param(["--tp"], id="TP", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_train_distributed_goes_as_in_one_process(way, tmp_path):
     text, cut = distributed(tmp_path, *way, "--check")
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", text)]
@@ -201,11 +224,54 @@ def test_train_distributed_goes_as_in_one_process(way, tmp_path):
     assert cut < eager - logits
 
 
-def test_train_distributed_says_how_it_is_started(tmp_path):
-    done = subprocess.run(
-        command("train_distributed.py"), env=environment(), capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 2 and "torchrun" in done.stderr
+@pytest.fixture
+def gpus(monkeypatch) -> None:
+    """Two GPUs, as far as the examples ask before they use them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+def test_on_a_gpu_models_are_larger_and_in_bfloat16(gpus, here):
+    train_lm, recommender = here("train_lm.py"), here("recommender.py")
+    found = train_lm.parse_arguments([])
+    assert (found.device, found.dtype, found.vocab, found.batch * found.length) == ("cuda", "bfloat16", 50304, 16384)
+    with torch.device("meta"):
+        model = train_lm.GPT(found.vocab, found.width, found.layers, found.length)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(124e6, rel=0.01)
+    items = recommender.parse_arguments([])
+    assert (items.device, items.dtype, items.items) == ("cuda", "bfloat16", 1_000_000)
+    small = train_lm.parse_arguments(["--device", "cpu", "--width", "128"])
+    assert (small.device, small.dtype, small.vocab, small.width) == ("cpu", "float32", 32000, 128)
+
+
+def test_with_a_gpu_for_each_process_they_talk_through_nccl(gpus, here, monkeypatch, capsys):
+    train_distributed, called = here("train_distributed.py"), []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: called.append(device))
+    monkeypatch.setattr(train_distributed.dist, "init_process_group", lambda backend: called.append(backend))
+    monkeypatch.setattr(train_distributed.dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(train_distributed.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(train_distributed.dist, "destroy_process_group", lambda: called.append("destroyed"))
+    monkeypatch.setattr(train_distributed, "work", lambda arguments, *ranks: called.append((arguments, ranks)) or 0)
+    for name, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert train_distributed.main(["--fsdp"]) == 0
+    (arguments, ranks) = called.pop(2)
+    assert called == ["cuda:1", "nccl", "destroyed"] and ranks == (1, 2)
+    assert (arguments.device, arguments.dtype, arguments.vocab) == ("cuda:1", "bfloat16", 131072)
+    assert train_distributed.parse_arguments(["--check"]).dtype == "float32"
+    # More processes than GPUs: on the CPU, unless a GPU was asked for.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert train_distributed.parse_arguments([]).device == "cpu"
+    with pytest.raises(SystemExit):
+        train_distributed.parse_arguments(["--device", "cuda"])
+    assert "a GPU for each process" in capsys.readouterr().err
+
+
+def test_train_distributed_says_how_it_is_started(here, monkeypatch, capsys):
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        here("train_distributed.py").main([])
+    assert stop.value.code == 2 and "torchrun" in capsys.readouterr().err
 
 
 def test_custom_pipeline_rewrites_and_declines(tmp_path):

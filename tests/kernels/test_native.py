@@ -111,6 +111,7 @@ def with_options(problem: Problem, name: str) -> Problem:
     return replace(problem, **options)
 
 
+@pytest.mark.sample(2)
 @needs_code
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -119,6 +120,7 @@ def test_every_step_with_every_option(shape: str, options: str) -> None:
     check(p, row_grads(p, all_three=p.smooth), ALL, native)
 
 
+@pytest.mark.sample(3)
 @needs_code
 @pytest.mark.parametrize("processor", [name for name in PROCESSORS if name != "this"])
 @pytest.mark.parametrize("shape", ["one block", "stored in the gradient, and made again", "wide"])
@@ -129,6 +131,7 @@ def test_other_processors(dtype: torch.dtype, shape: str, processor: str) -> Non
         check(p, row_grads(p), ALL, native)
 
 
+@pytest.mark.sample(2)
 @needs_code
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS)

@@ -104,6 +104,7 @@ def trained(trainer: Any) -> tuple[nn.Module, list[float], list[float]]:
     return trainer.model, [e["loss"] for e in trainer.state.log_history if "loss" in e], trainer.reads.read
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw_torch_fused"])
 def test_the_trainer(tmp_path: Path, optimizer: str) -> None:
     def train(compile: Any) -> Any:
