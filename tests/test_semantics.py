@@ -258,9 +258,10 @@ NEAR_MISSES = {
 
 @pytest.mark.parametrize("program", NEAR_MISSES, ids=lambda p: p.__name__)
 def test_near_miss_is_declined_with_its_reason(program: Callable[..., Tensor]) -> None:
-    watch = compare(program, tensors(6))
-    assert not watch.rewritten
-    report = cce_fx.explain(program, *tensors(6), options=cce_fx.Options(min_vocab=0))
+    """By the kernels; as a program of the rows, or as it was, it is right."""
+    compare(program, tensors(6))
+    assert not compare(program, tensors(6), options={"tiers": "kernel"}).rewritten
+    report = cce_fx.explain(program, *tensors(6), options=cce_fx.Options(min_vocab=0, tiers="kernel"))
     # Before 2.13 Dynamo hides a hook inside an operator of its own, which has no rule.
     hidden_hook = program is hooked_logits and torch.__version__ < "2.13"
     assert [d.reason for d in report.declined] == ["NO_RULE" if hidden_hook else NEAR_MISSES[program]]
@@ -321,7 +322,7 @@ def test_gradients_of_sure_rows_are_exactly_zero(sure: bool) -> None:
     compare(lambda h, w, y: F.cross_entropy(F.linear(h, w), y), [h, w, y])
 
 
-def test_a_softmax_by_hand_in_half_precision_is_left_alone() -> None:
+def test_a_softmax_by_hand_in_half_precision_is_no_kernels() -> None:
     """Its maximum is rounded to bfloat16, and the kernel's logits are not: exp(z - max) would overflow."""
 
     def program(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
@@ -331,9 +332,10 @@ def test_a_softmax_by_hand_in_half_precision_is_left_alone() -> None:
         return (lse - z.gather(-1, y[:, None])).mean()
 
     h, w, y = tensors(6, dtype=torch.bfloat16)
-    assert not compare(program, [(h * 1e5).detach().requires_grad_(), w, y]).rewritten
-    h, w, y = tensors(6)
-    assert compare(program, [h, w, y]).rewritten
+    large = [(h * 1e5).detach().requires_grad_(), w, y]
+    assert not compare(program, large, options={"tiers": "kernel"}).rewritten
+    assert compare(program, large).calls("cce.rows")
+    assert compare(program, tensors(6), options={"tiers": "kernel"}).rewritten
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.3])
