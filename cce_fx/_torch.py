@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # the ones that annotations use
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
     from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
     from torch.fx.proxy import GraphAppendingTracer as GraphAppendingTracer
+    from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 
 OLDEST = "2.11"  # the oldest torch that is supported and tested
 
@@ -54,6 +55,9 @@ NAMES: dict[str, Private] = {
     "detect_fake_mode": Private("torch._guards:detect_fake_mode", "the mode that a graph's inputs were made in"),
     "decomposition_table": Private(
         "torch._decomp:decomposition_table", "what an operation means in terms of others, for those without a rule"
+    ),
+    "disable_modes": Private(
+        "torch.utils._python_dispatch:_disable_current_modes", "reads a number that an operation was given as a tensor"
     ),
     "ShapeEnv": Private(
         "torch.fx.experimental.symbolic_shapes:ShapeEnv",
@@ -97,9 +101,22 @@ NAMES: dict[str, Private] = {
         "torch.autograd:_profiler_enabled", "entering a `record_function` takes 5 us where nobody looks"
     ),
     "dispatch_key_for_device": Private("torch._C:_dispatch_key_for_device", "the same"),
+    "assert_async": Private("torch:_assert_async", "a condition on a GPU, without waiting for it"),
+    "enter_autocast": Private("torch.amp.autocast_mode:_enter_autocast", "as Dynamo writes autocast into graphs"),
+    "exit_autocast": Private("torch.amp.autocast_mode:_exit_autocast", "the same"),
     "check": Private("torch:_check", "conditions on sizes that may be symbols"),
     "DisableTorchFunctionSubclass": Private("torch._C:DisableTorchFunctionSubclass", "asks a lazy tensor itself"),
     "disable_dynamo": Private("torch:_disable_dynamo", "`torch.compiler.disable` that does not load Dynamo"),
+    "make_fx": Private("torch.fx.experimental.proxy_tensor:make_fx", "a block of rows with its gradient as one graph"),
+    "inductor_compile": Private("torch._inductor:compile", "compiles that graph"),
+    "TorchDispatchMode": Private(
+        "torch.utils._python_dispatch:TorchDispatchMode", "sees the aten operations below a graph's functions"
+    ),
+    "tree_leaves": Private("torch.utils._pytree:tree_leaves", "tensors among arguments and results"),
+    "tree_map_only": Private("torch.utils._pytree:tree_map_only", "the same"),
+    "throw_on_data_ptr": Private(
+        "torch._C:_set_throw_on_mutable_data_ptr", "an error where C code wants the memory that a tensor has none of"
+    ),
     "tree_iter": Private("torch.utils._pytree:tree_iter", "lazy tensors among arguments"),
     "tree_map": Private("torch.utils._pytree:tree_map", "the same"),
 }
@@ -128,6 +145,7 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
     ("torch.distributed.tensor:DTensor", "_local_tensor"): "whether a DTensor's piece is fake",
     ("torch.fx:Node", "_erased"): "whether a node is still in its graph",
     ("torch._ops:OpOverload", "_schema"): "an operator's name and which arguments it writes to",
+    ("torch._ops:OpOverload", "_overloadname"): "an operator's functional form, and its name in a row program",
     ("torch._ops:OpOverloadPacket", "_qualified_op_name"): "an operator's namespace",
 }
 

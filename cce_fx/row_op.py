@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from ._torch import OpOverload
 from .kernels.combine import statistics_dtype
@@ -117,6 +116,8 @@ def _compiled(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[...
 
 
 def _compile(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[..., Any]:
+    from ._torch import make_fx
+
     program = RowProgram.of(text)
     examples = [[torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in group] for group in kinds]
     function = _forward_block(program) if needs is None else _gradient_block(program, needs)
@@ -124,15 +125,16 @@ def _compile(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[...,
         gm = make_fx(function, tracing_mode="fake")(*examples)
     if not compiled:
         return gm
-    from torch._inductor import compile as inductor
+    from ._torch import inductor_compile
 
     flat = [t for group in examples for t in group]
-    made = inductor(_flattened(gm, examples), flat)
+    made = inductor_compile(_flattened(gm, examples), flat)
     return lambda *groups: made(*(t for group in groups for t in group))
 
 
 def _flattened(gm: torch.fx.GraphModule, examples: list[list[Tensor]]) -> torch.fx.GraphModule:
     """The same function of tensors side by side."""
+    from ._torch import make_fx
 
     def run(*flat: Tensor) -> Any:
         left = iter(flat)

@@ -7,9 +7,9 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch.amp.autocast_mode import _enter_autocast, _exit_autocast
 from torch.fx import Graph, Node
 
+from .._torch import enter_autocast, exit_autocast
 from .values import value_of
 
 
@@ -52,6 +52,6 @@ def written_under(graph: Graph, device: torch.device, dtype: torch.dtype | None)
     if dtype is None:
         yield
         return
-    entry = graph.call_function(_enter_autocast, (device.type, dtype, True, None))
+    entry = graph.call_function(enter_autocast, (device.type, dtype, True, None))
     yield
-    graph.call_function(_exit_autocast, (entry,))
+    graph.call_function(exit_autocast, (entry,))

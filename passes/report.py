@@ -22,6 +22,7 @@ class Rewritten:
     source: str
     path: tuple[str, ...]  # operations passed through, from the linear to the loss
     sources: tuple[str, ...]  # where each of them stands in the program
+    tier: str  # "kernel", or "rows" for a row program
     strategy: str  # "grads_in_forward" or "recompute"
     bytes_saved: int | None  # at the example shapes; None where they are symbolic
     bytes_saved_expr: str  # in N rows, D hidden size, V classes
@@ -40,6 +41,7 @@ class Rewritten:
             source=source_line(site.candidate.anchor),
             path=tuple(node.name for node in view.path),
             sources=tuple(source_line(node) for node in view.path),
+            tier="kernel",
             strategy="recompute" if site.needs is None else "grads_in_forward",
             bytes_saved=site.saved_value,
             bytes_saved_expr=str(site.saved_bytes),
@@ -57,7 +59,7 @@ class Rewritten:
         width = max(len(name) for name in self.path) + 6
         tree = [f"      {'<- ' if at else ''}{name}".ljust(width + 6) + where for at, (name, where) in enumerate(steps)]
         lines = [
-            f"rewritten: saves {saved}, needs {needed}, {self.strategy}, logits {self.logits}",
+            f"rewritten: saves {saved}, needs {needed}, {self.tier}, {self.strategy}, logits {self.logits}",
             *(line.rstrip() for line in tree),
         ]
         return "\n".join(lines)

@@ -21,7 +21,7 @@ class Form:
     family: str
     name: str
     body: str
-    verdict: str = "rewritten"  # or the name of the Reason why not
+    verdict: str = "kernel"  # or "rows", "lazy" or the name of the Reason why not
     why: str = ""
 
     @property
@@ -110,9 +110,8 @@ FORMS = [
          "total = 0\nz = F.linear(h, W)\nfor x, i in zip(z.split(2, 1), y.split(2, 1)):\n"
          "    total = total + F.cross_entropy(x.flatten(0, 1), i.flatten(), reduction='sum')\nreturn total / y.numel()"),
     Form("loss", "probability targets", _FLAT + "return F.cross_entropy(z, F.one_hot(y, V).float() * 0.9 + 0.1 / V)",
-         "PROBABILITIES", "the targets are as large as the logits: without these, twice the products (12NDV for 6NDV) for two thirds of the memory"),
-    Form("loss", "entropy", "z = F.linear(h, W)\np = z.softmax(-1)\nreturn -(p * z.log_softmax(-1)).sum(-1).mean()", "NONE",
-         "a product of two functions of the logits"),
+         "rows"),
+    Form("loss", "entropy", "z = F.linear(h, W)\np = z.softmax(-1)\nreturn -(p * z.log_softmax(-1)).sum(-1).mean()", "rows"),
     Form("head", "nn.Linear's form with a bias", "z = F.linear(h, W, b)\n" + _CE),
     Form("head", "matmul", "z = torch.matmul(h, W.t())\n" + _CE),
     Form("head", "@ with .T", "z = h @ W.T\n" + _CE),
@@ -145,7 +144,7 @@ FORMS = [
     Form("chain", "temperature in a tensor", "z = F.linear(h, W) / t\n" + _CE),
     Form("chain", "temperature of each row", "z = F.linear(h, W) * h.sum(-1, keepdim=True)\n" + _CE),
     Form("chain", "temperature in a tensor, half precision",
-         "z = F.linear(h.bfloat16(), W.bfloat16()) / t.bfloat16()\n" + _CE, "NO_RULE", "hidden would be rounded once more than the logits are"),
+         "z = F.linear(h.bfloat16(), W.bfloat16()) / t.bfloat16()\n" + _CE, "rows"),
     Form("chain", "soft cap", "z = 5 * torch.tanh(F.linear(h, W) / 5)\n" + _CE),
     Form("chain", "a bias afterwards", "z = F.linear(h, W) + b\n" + _CE),
     Form("chain", "a bias after a bias and a scale", "z = F.linear(h, W, b) * 2 + W2.sum(-1)\n" + _CE),
@@ -154,19 +153,18 @@ FORMS = [
          "z = F.linear(h, W, b).masked_fill((torch.arange(V, device=h.device) >= 40)[None, None], -torch.inf); y = y.clamp(max=39)\n" + _CE),
     Form("chain", "real classes alone", "z = F.linear(h, W, b)[..., :40]; y = y.clamp(max=39)\n" + _CE),
     Form("chain", "a finite fill", "z = F.linear(h, W).masked_fill(torch.arange(V, device=h.device) > 39, -1e9); y = y.clamp(max=39)\n" + _CE,
-         "NO_RULE", "the fill is a logit like others"),
-    Form("chain", "an activation", "z = F.linear(h, W).relu()\n" + _CE, "NO_RULE", "only casts, scales and a soft cap are linear enough"),
+         "rows"),
+    Form("chain", "an activation", "z = F.linear(h, W).relu()\n" + _CE, "rows"),
     Form("chain", "a mask that differs by row", "z = F.linear(h, W).masked_fill(F.one_hot(y, V).bool().roll(1, -1), -torch.inf)\n" + _CE,
-         "NO_RULE", "the mask is as large as the logits"),
-    Form("chain", "changed in place", "z = F.linear(h, W)\nz[..., 0] = -1.0\n" + _CE, "MUTATED", "the logits are no longer the head's"),
-    Form("chain", "logits read elsewhere", "z = F.linear(h, W)\nreturn z.logsumexp(-1).mean() + z.relu().sum()", "USED",
-         "the logits exist anyway"),
+         "rows"),
+    Form("chain", "changed in place", "z = F.linear(h, W)\nz[..., 0] = -1.0\n" + _CE, "rows"),
+    Form("chain", "logits read elsewhere", "z = F.linear(h, W)\nreturn z.logsumexp(-1).mean() + z.relu().sum()", "rows"),
     Form("chain", "loss over another dimension", "return F.cross_entropy(F.linear(h, W), torch.zeros(y.size(0), V, dtype=torch.long, device=h.device))",
          "CLASS_DIM", "time stands where the vocabulary should"),
     Form("chain", "log_softmax over another dimension",
          "return F.nll_loss(F.linear(h, W).log_softmax(1).flatten(0, 1), y.flatten())", "CLASS_DIM", "time is normalised, not the vocabulary"),
     Form("chain", "vocabulary reshaped away", "z = F.linear(h, W[:40]).reshape(-1, 20)\nreturn F.cross_entropy(z, torch.zeros(z.size(0), dtype=torch.long, device=h.device))",
-         "CLASS_MIXED", "rows and classes are mixed"),
+         "rows"),
 ]  # fmt: skip
 
 
@@ -178,7 +176,8 @@ with eager and with float64, and no graph may hold a tensor of rows times vocabu
 `F.cross_entropy(z.reshape(-1, z.size(-1)), y.reshape(-1))`. `h` is hidden (B, T, D), `W` and `W2`
 weights (V, D), `b` a bias (V,), `y` targets (B, T), `A` (R, D) and `C` (V, R) an adapter, `t` a temperature (1,).
 
-A form marked *declined* runs as it was written. Anything not listed is declined too, and `cce_fx.explain` says why.
+A form marked *kernel* goes to the kernels, and one marked *rows* is run some rows at a time as a program of its own. One marked
+*declined* runs as it was written, and `cce_fx.explain` says why.
 """
 
 
@@ -191,7 +190,7 @@ def markdown() -> str:
         for form in (f for f in FORMS if f.family == family):
             code = "<br>".join(f"`{line}`" for line in (form.body.removesuffix(_CE).strip() or form.body).splitlines())
             code = code.replace("|", "\\|")
-            verdict = {"rewritten": "rewritten", "lazy": f"rewritten outside: {form.why}"}.get(form.verdict)
+            verdict = {"kernel": "kernel", "rows": "rows", "lazy": f"rewritten outside: {form.why}"}.get(form.verdict)
             reason = "" if form.verdict == "NONE" else f" (`{form.verdict}`)"
             lines.append(f"| {form.name} | {code} | {verdict or f'*declined*{reason}: {form.why}'} |")
         lines.append("")

@@ -147,9 +147,9 @@ FAULTS = [
     ),
     Fault(
         "lazy rows are those of the whole",
-        "cce_fx/lazy_ops.py",
-        "    base = _source(lazy)\n    found = row_source(base)",
-        "    base = _source(lazy)\n    found = row_source(lazy.root)",
+        "cce_fx/lazy/operations.py",
+        "    base = _source(lazy.state)\n    found = row_source(base)",
+        "    base = _source(lazy.state)\n    found = row_source(base.root)",
     ),
     Fault(
         "the first classes are cut off instead of the last",

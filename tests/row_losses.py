@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-N, B, T, D, E, V, K = 24, 4, 6, 8, 12, 40, 3
+N, B, T, D, E, V, K = 24, 4, 6, 2, 3, 50, 3
 
 
 class Heads(nn.Module):

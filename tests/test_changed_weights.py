@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -79,6 +81,47 @@ def test_an_optimizers_step_leaves_them_as_they_were(name: str, step: str) -> No
     assert isinstance(logits, LazyLogits) and logits.chain is not None
     assert not torch.equal(model(x, y)[1], before), "the step changed nothing"
     assert torch.equal((logits + 0).detach(), before)
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["by place", "by name"])
+@pytest.mark.parametrize("name", ["AdamW", "SGD", "LBFGS"])
+def test_a_step_that_runs_the_forward_itself(name: str, named: bool) -> None:
+    """As lightning's: the forward is in the closure that is handed to the step."""
+    model, call, x, y = compiled()
+    optimizer = OPTIMIZERS[name](model.parameters(), lr=0.1)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        before = call(x, y)[1].materialize().detach().clone()
+        loss, logits = call(x, y)
+        loss.backward()
+        kept.append((logits, before))
+        return loss
+
+    optimizer.step(closure=closure) if named else optimizer.step(closure)
+    assert not torch.equal(model(x, y)[1], kept[-1][1]), "the step changed nothing"
+    assert [outcome(*pair) for pair in kept] == ["values"] * len(kept)
+
+
+def test_the_first_lazy_logits_of_a_process_may_be_made_inside_a_step() -> None:
+    program = """
+import torch, torch.nn.functional as F
+head = torch.nn.Linear(8, 1100)
+def f(x, y):
+    z = head(x)
+    return F.cross_entropy(z, y), z
+call, x, y = torch.compile(f, backend="cce", options={"inner": "eager"}), torch.randn(4, 8), torch.arange(4)
+optimizer, kept, before = torch.optim.SGD(head.parameters(), lr=1.0), [], head(x)
+def closure():
+    loss, z = call(x, y)
+    kept.append(z)
+    loss.backward()
+    return loss
+optimizer.step(closure)
+torch.testing.assert_close(kept[0] + 0, before)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parent.parent)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad", "RMSprop", "Lion"])

@@ -23,12 +23,14 @@ def test_form(form: Form, device: torch.device) -> None:
             pytest.skip("Dynamo does not look into einops before 2.13; test_einops_is_declined_before is there instead")
         pytest.importorskip("einops")
     tensors = forms.tensors(device=device)
-    watch = compare(form.function(), tensors)
+    # Gradients in float32 of arithmetic in bfloat16 are off by ulps of the latter.
+    watch = compare(form.function(), tensors, ulps=2**16 if "half precision" in form.name else 16)
     if form.verdict == "lazy":
         assert watch.largest() < forms.B * (forms.T - 1) * forms.V
         return
     report = cce_fx.explain(form.function(), *tensors, options=Options(min_vocab=0))
-    if form.verdict == "rewritten":
+    if form.verdict in ("kernel", "rows"):
+        assert {r.tier for r in report.rewritten} == {form.verdict}, report
         assert watch.rewritten >= 1 and not report.declined, report
         rows, two_weights = forms.B * (forms.T - 1), 2 * forms.V * forms.D
         allowed = {"one-hot": rows * forms.V * 2}.get(form.name.split()[0], 0)  # the program's own one-hot tensor

@@ -540,3 +540,13 @@ def test_a_plain_training_loop_with_its_own_loss_holds_no_logits() -> None:
     assert peak_bytes(eager) > 2 * logits
     model.zero_grad(set_to_none=True)
     assert peak_bytes(ours) < logits / 2
+
+
+def test_c_code_that_asks_no_python_is_an_error(setup: Any) -> None:
+    """And not another tensor's memory, or none."""
+    _, compiled, x, y = setup
+    lazy = compiled(x, y)[1].detach()
+    assert isinstance(lazy, LazyLogits)
+    with pytest.raises(RuntimeError, match="Cannot access data pointer"):
+        torch.utils.dlpack.to_dlpack(lazy)
+    torch.testing.assert_close(torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(lazy.materialize())), lazy)

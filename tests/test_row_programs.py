@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 
 import cce_fx
 from tests import row_losses
 from tests.helpers import assert_no_worse
 from tests.row_losses import LOSSES, MIXED, Data, Heads, Loss, data
+from tests.row_programs import Program, draw
+from tests.row_programs import outcome as outcome_of
 
 OPTIONS = {"inner": "aot_eager", "min_vocab": 0, "logits": "keep"}
 
@@ -73,3 +76,70 @@ def test_the_losses_differ_from_each_other() -> None:
     """Two of one name would hide each other."""
     source = Path(row_losses.__file__).read_text()
     assert len(LOSSES) + len(MIXED) == source.count("\n@loss") + source.count("\n@mixed")
+
+
+def double(inputs: list[Tensor]) -> list[Tensor]:
+    return [t.detach().double().requires_grad_(t.requires_grad) if t.is_floating_point() else t for t in inputs]
+
+
+def check_drawn(program: Program) -> bool:
+    """Whether a drawn program was cut; its loss, metrics and gradients are those of eager, within eager's own error."""
+    torch._dynamo.reset()
+    counters.clear()
+    model, inputs = program.model(), program.inputs()
+    compiled = torch.compile(program.__call__, backend="cce", options=OPTIONS)
+    ours = outcome_of(compiled, model, inputs)
+    eager, exact = (
+        outcome_of(program, model, inputs),
+        outcome_of(program, copy.deepcopy(model).double(), double(inputs)),
+    )
+
+    def nearby(number: int) -> float:
+        """Eager's error on inputs that differ by less than a rounding of bfloat16."""
+        found = [0.0]
+        for seed in range(3):
+            torch.manual_seed(seed)
+            other = [
+                (t.detach() * (1 + 2**-8 * torch.rand_like(t))).requires_grad_(t.requires_grad)
+                if t.is_floating_point()
+                else t
+                for t in inputs
+            ]
+            a, e = (
+                outcome_of(program, model, other)[number],
+                outcome_of(program, model_in_double, double(other))[number],
+            )
+            if a is not None and e is not None and a.is_floating_point():
+                found.append(float((a.double() - e).abs().nan_to_num().max()))
+        return max(found)
+
+    model_in_double = copy.deepcopy(model).double()
+    # Gradients that are zero but for rounding are rounded like the others.
+    size = max(float(t.abs().nan_to_num(0, 0, 0).max()) for t in exact if t is not None and t.is_floating_point())
+    for number, (e, a, o) in enumerate(zip(exact, eager, ours, strict=True)):
+        if a is not None and not a.isfinite().all():
+            continue  # a program without a meaning
+        assert_no_worse(f"result {number}", e, a, o, 64, size / 64, nearby=lambda n=number: nearby(n))
+    return bool(counters["cce_fx"]["rewritten"])
+
+
+@pytest.mark.parametrize("start", [pytest.param(0, id="40"), pytest.param(1000, id="5000", marks=pytest.mark.slow)])
+def test_random_row_programs_are_cut_and_right(start: int) -> None:
+    wrong = []
+    for seed in range(start, start + (5000 if start else 40)):
+        try:
+            assert check_drawn(draw(seed)), "not cut"
+        except Exception as error:
+            wrong.append(f"{seed}: {type(error).__name__}: {error}")
+    assert not wrong, f"{len(wrong)} of them:\n" + "\n".join(wrong[:20])
+
+
+@pytest.mark.parametrize("start", [pytest.param(0, id="20"), pytest.param(1000, id="2000", marks=pytest.mark.slow)])
+def test_random_programs_that_mix_rows_are_declined_or_right(start: int) -> None:
+    wrong = []
+    for seed in range(start, start + (2000 if start else 20)):
+        try:
+            check_drawn(draw(seed, mixes=True))
+        except Exception as error:
+            wrong.append(f"{seed}: {type(error).__name__}: {error}")
+    assert not wrong, f"{len(wrong)} of them:\n" + "\n".join(wrong[:20])

@@ -14,6 +14,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.tensor import DTensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from cce_fx import _torch
 
@@ -26,6 +27,7 @@ SAMPLES = {
     "torch.distributed.fsdp:FSDPParamGroup": FSDPParamGroup,
     "torch.nn:Module": torch.nn.Linear(1, 1),
     "torch.distributed.tensor:DTensor": DTensor,
+    "torch.fx.experimental.symbolic_shapes:ShapeEnv": ShapeEnv(),
     "torch.fx:Node": next(iter(torch.fx.symbolic_trace(torch.nn.Linear(1, 1)).graph.nodes)),
     "torch._ops:OpOverload": torch.ops.aten.mm.default,
     "torch._ops:OpOverloadPacket": torch.ops.aten.mm,

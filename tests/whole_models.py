@@ -22,6 +22,10 @@ import torch
 from . import zoo
 
 LENGTHS = range(5, 15)
+# Architectures that compile more graphs than the one more that is allowed, how many, and why.
+# GPT-2's loss keeps whatever arguments its `forward` is given, which breaks the graph before it: the frame after the break is
+# traced with lazy logits in the place of plain tensors. Dynamo makes a wrapper subclass's sizes symbols one graph later.
+MORE_GRAPHS = {"gpt2": 1}
 GENERATION: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "beams": {"do_sample": False, "num_beams": 3},
@@ -39,31 +43,58 @@ class Use:
     built: bool = False
     error: str = ""
     graphs: tuple[int, int] = (0, 0)  # compiled for ten lengths by aot_eager, and by cce with aot_eager inside
-    uncut: list[int] = field(default_factory=list)  # lengths at which the logits were made
+    uncut: list[int] = field(default_factory=list)  # lengths at which the logits were made, and aot_eager compiles
     losses: bool = False
     tokens: dict[str, str] = field(default_factory=dict)  # "same", or what was otherwise; none where eager itself fails
 
     @property
     def holds(self) -> bool:
-        few = self.graphs[1] <= self.graphs[0] + 1
+        few = self.graphs[1] <= self.graphs[0] + 1 + MORE_GRAPHS.get(self.name, 0)
         return self.built and few and not self.uncut and self.losses and set(self.tokens.values()) <= {"same"}
 
 
-def train(model: torch.nn.Module, call: Callable[..., Any], task: str) -> tuple[list[float], list[int]]:
-    """Losses at each length, and the lengths at which the logits were made."""
+class Counted:
+    """A backend that counts its graphs, and the calls of them."""
+
+    def __init__(self) -> None:
+        self.graphs = self.calls = 0
+
+    def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
+        self.graphs += 1
+        compiled = torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+
+        def call(*args: Any) -> Any:
+            self.calls += 1
+            return compiled(*args)
+
+        return call
+
+
+@dataclass
+class Trained:
+    """What one batch of each length gave."""
+
+    losses: list[float] = field(default_factory=list)
+    uncut: list[int] = field(default_factory=list)  # lengths at which the logits were made
+    calls: list[int] = field(default_factory=list)  # of compiled graphs
+
+
+def train(model: torch.nn.Module, call: Callable[..., Any], task: str, counted: Counted | None = None) -> Trained:
     from cce_fx import LazyLogits
 
-    losses, uncut = [], []
+    found = Trained()
     for length in LENGTHS:
         batch = zoo.batch_of(model, task, length)
         model.zero_grad()
         torch.manual_seed(length)
+        before = counted.calls if counted else 0
         out = call(**batch)
+        found.calls.append(counted.calls - before if counted else 0)
         out.loss.backward()
-        losses.append(float(out.loss.detach()))
+        found.losses.append(float(out.loss.detach()))
         if not (isinstance(out.logits, LazyLogits) and out.logits.chain is not None):
-            uncut.append(length)
-    return losses, uncut
+            found.uncut.append(length)
+    return found
 
 
 def generate(model: Any, task: str) -> dict[str, Any]:
@@ -79,28 +110,21 @@ def generate(model: Any, task: str) -> dict[str, Any]:
     return found
 
 
-def count(counted: list[int], inner: str) -> Callable[..., Any]:
-    compiler = torch._dynamo.lookup_backend(inner)
-
-    def compile(gm: torch.fx.GraphModule, inputs: Any) -> Any:
-        counted.append(1)
-        return compiler(gm, inputs)
-
-    return compile
-
-
 def examine(name: str, task: str, inner: str) -> Use:
     """One architecture, in this process."""
     use = Use(name, task)
     model, _ = zoo.build(name, task)
+    theirs, ours = Counted(), Counted()
+    expected = train(model, torch.compile(model, backend=theirs), task, theirs)
     use.built = True
-    counts: tuple[list[int], list[int]] = ([], [])
-    expected = train(model, torch.compile(model, backend=count(counts[0], "aot_eager")), task)[0]
     torch.compiler.reset()
-    ours = torch.compile(model, backend="cce", options={"inner": count(counts[1], "aot_eager")})
-    losses, use.uncut = train(model, ours, task)
-    use.graphs = (len(counts[0]), len(counts[1]))
-    use.losses = _close(losses, expected)
+    call = torch.compile(model, backend="cce", options={"inner": ours})
+    trained = train(model, call, task)
+    # Past torch's limit of recompilations a frame runs as it is written, with any backend.
+    compiled = {n for n, calls in zip(LENGTHS, expected.calls, strict=True) if calls == max(expected.calls)}
+    use.uncut = [n for n in trained.uncut if n in compiled]
+    use.graphs = (theirs.graphs, ours.graphs)
+    use.losses = _close(trained.losses, expected.losses)
     torch.compiler.reset()
     if hasattr(model, "generate") and task != "masked":
         model.eval()
@@ -109,8 +133,7 @@ def examine(name: str, task: str, inner: str) -> Use:
         got = generate(model, task)
         use.tokens = {way: _alike(got[way], want[way]) for way in want if isinstance(want[way], torch.Tensor)}
         model.train()
-        after = train(model, model, task)[0]
-        use.losses &= _close(after, expected)
+        use.losses &= _close(train(model, model, task).losses, expected.losses)
     return use
 
 

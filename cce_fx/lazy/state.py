@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from .._torch import assert_async
 from ..passes.autocast import under
 from . import gathered
 from .functions import Op
@@ -283,7 +284,7 @@ class State:
             stale = _STALE.format(what="hidden" if at == 0 else "the weight or bias")
             same = witness.same_entries if not witness.changed else None
             if same is not None and not wait and same.device.type == "cuda":
-                torch._assert_async(same, stale)
+                assert_async(same, stale)
             elif witness.changed or (same is not None and not same):
                 raise RuntimeError(stale)
 

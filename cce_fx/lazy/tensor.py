@@ -19,7 +19,14 @@ import torch
 from torch import Tensor
 from torch.utils import swap_tensors
 
-from .._torch import DisableTorchFunctionSubclass, FakeTensorMode, disable_dynamo, tree_iter, tree_map
+from .._torch import (
+    DisableTorchFunctionSubclass,
+    FakeTensorMode,
+    disable_dynamo,
+    throw_on_data_ptr,
+    tree_iter,
+    tree_map,
+)
 from ..passes.autocast import under
 from .functions import METADATA, Op
 from .state import HeadChain, State
@@ -220,6 +227,7 @@ def _new(state: State, device: torch.device) -> LazyLogits:
         device=device,
         requires_grad=state.requires_grad and not state.grad,
     )
+    throw_on_data_ptr(lazy)
     lazy.state = state
     return lazy
 

@@ -8,13 +8,14 @@ the memory made by hand. For these some hundred entries are remembered, which a 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from .._torch import disable_dynamo
 from . import gathered
@@ -119,24 +120,33 @@ class Copies:
 
 
 _unread: weakref.WeakSet[Any] = weakref.WeakSet()
-_hooked = False
 
 
 def keep_through_steps(lazy: Overtaken) -> None:
-    """Have `lazy.outlive` called before a step of any optimizer of torch, while `lazy` is alive."""
-    global _hooked
-    if not _hooked:
-        from torch.optim.optimizer import register_optimizer_step_pre_hook
-
-        _hooked = True
-        register_optimizer_step_pre_hook(_before_step)
+    """Have `lazy.outlive` called before a step of any optimizer of torch changes a weight, while `lazy` is alive."""
     _unread.add(lazy)
 
 
-def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The step's arguments: `step(self, closure)`. A closure runs forwards of its own before the step changes anything."""
     # A step that is being compiled is no step. What it changes counts the versions up, so reading is an error then.
-    if not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return None
+    _copy_for(optimizer)
+    if callable(kwargs.get("closure")):
+        return args, {**kwargs, "closure": _then_copied(kwargs["closure"], optimizer)}
+    if len(args) > 1 and callable(args[1]):
+        return (args[0], _then_copied(args[1], optimizer), *args[2:]), kwargs
+    return None
+
+
+def _then_copied(closure: Callable[[], Any], optimizer: torch.optim.Optimizer) -> Callable[[], Any]:
+    def call() -> Any:
+        found = closure()
         _copy_for(optimizer)
+        return found
+
+    return call
 
 
 @disable_dynamo(recursive=True)
@@ -146,3 +156,7 @@ def _copy_for(optimizer: torch.optim.Optimizer) -> None:
         copies = Copies(p for group in optimizer.param_groups for p in group["params"])
         for lazy in waiting:
             lazy.outlive(copies)
+
+
+# At import, and not with the first lazy logits: those may be made by a closure, inside a step.
+register_optimizer_step_pre_hook(_before_step)

@@ -35,6 +35,7 @@ class Emitted:
     heads: list[Node] = field(default_factory=list)
     row_inputs: list[RowInput] = field(default_factory=list)
     shared: list[Node | Operand] = field(default_factory=list)
+    flows: set[Any] = field(default_factory=set)  # those of the heads and inputs to which a gradient flows
     program: RowProgram = field(default_factory=lambda: RowProgram((), ()))
 
 
@@ -75,6 +76,7 @@ def emit(outputs: Sequence[Value]) -> Emitted:
     for value in order:
         writer.write(value)
     found = writer.found
+    found.flows = _flowing(outputs, writer)
     returned = tuple(
         Output(writer.named(v), row_shape(v.dims), str(v.dtype).removeprefix("torch."), v.grad) for v in outputs
     )
@@ -93,6 +95,23 @@ def _read(argument: Any) -> list[Value]:
     if isinstance(argument, (list, tuple)):
         return [v for a in argument for v in _read(a)]
     return []
+
+
+def _flowing(outputs: Sequence[Value], writer: _Writer) -> set[Any]:
+    """The names of the inputs that outputs are differentiable functions of."""
+    found, seen = set(), set()
+    stack = [v for v in outputs if v.grad]
+    while stack:
+        value = stack.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value.source, Made):
+            stack += [v for v in _read((*value.source.args, *value.source.kwargs.values())) if v.grad]
+        else:
+            ((kind, number),) = writer.named(value).items()
+            found.add((kind, number))
+    return found
 
 
 def _in_order(outputs: Sequence[Value]) -> list[Value]:

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils import _pytree as pytree
 
+from ..._torch import tree_leaves
 from ...functional import rows_with_grads, statistics_dtype
 from ..canonical import CASTS, canonical, mutated_arguments
 from ..fakes import propagate
@@ -122,7 +122,7 @@ def _alike(node: Node, inputs: list[Node]) -> bool:
 
 def _grads(node: Node) -> bool:
     """Whether a gradient may flow through a reader. None flows through sizes."""
-    leaves = pytree.tree_leaves(value_of(node))
+    leaves = tree_leaves(value_of(node))
     numbers = all(isinstance(v, (int, torch.SymInt)) for v in leaves) and leaves
     return not numbers and (
         node.op == "output" or any(not isinstance(v, Tensor) or v.requires_grad for v in leaves) or not leaves

@@ -17,7 +17,7 @@ from .axes import Dim, NotByRows, join, mix, regrouped, resolved, size_of
 from .record import PRODUCTS, Aligned, At, Call, Chosen, Made, Order, Places, Product, Shape, Value
 
 RULES: dict[str, Callable[[Call], list[Value]]] = {}
-_ALSO_POINTWISE = {"where", "masked_fill", "clamp", "lerp", "_to_copy", "isin", "fill", "nan_to_num", "heaviside"}
+_ALSO_POINTWISE = {"where", "masked_fill", "clamp", "lerp", "_to_copy", "isin", "nan_to_num", "heaviside"}
 
 
 def is_pointwise(func: OpOverload) -> bool:
@@ -343,10 +343,14 @@ def eye(call: Call) -> list[Value]:
     return call.made(Made("aten._to_copy.default", (equal,), {"dtype": fake.dtype}), dims, grad=False)
 
 
-@_rule("copy")
+@_rule("copy", "fill")
 def copied(call: Call) -> list[Value]:
     """What a tensor is written over with."""
-    value, source = call["self"], call["src"]
+    value, source = call["self"], call["src" if call.name == "copy" else "value"]
+    if not isinstance(source, Value):
+        return call.made(
+            Made("aten.full.default", (Shape(value.dims), source), {"dtype": value.dtype}), value.dims, grad=False
+        )
     for have, want in zip(reversed(source.dims), reversed(value.dims), strict=False):
         if have:
             join(have, want)

@@ -16,10 +16,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..._torch import FakeTensorMode, OpOverload, decomposition_table
+from ..._torch import (
+    FakeTensorMode,
+    OpOverload,
+    TorchDispatchMode,
+    decomposition_table,
+    disable_modes,
+    tree_leaves,
+    tree_map_only,
+)
 from ..values import Operand
 from .axes import Dim, NotByRows, distinct, fresh
 
@@ -150,10 +156,12 @@ class Recorder(TorchDispatchMode):
         if id(fake) in self._changed:
             raise NotByRows(self._changed[id(fake)])
         if id(fake) not in self._values:
-            constant = getattr(fake, "constant", None)
+            constant = fake if type(fake) is Tensor else getattr(fake, "constant", None)
             if constant is None or constant.dim():
                 raise NotByRows("a constant tensor of the program's own")
-            made = Made("aten.full.default", (Shape(()), constant.item()), {"dtype": fake.dtype})
+            with disable_modes():
+                number = constant.item()
+            made = Made("aten.full.default", (Shape(()), number), {"dtype": fake.dtype})
             self.enter(fake, Value([], fake.dtype, made))
         return self._values[id(fake)]
 
@@ -197,7 +205,7 @@ class Recorder(TorchDispatchMode):
         if rule is None and self._is_pointwise(func):
             rule = self._rules["pointwise"]
         if rule is not None:
-            args, kwargs = pytree.tree_map_only(Tensor, self.value, (args, kwargs))
+            args, kwargs = tree_map_only(Tensor, self.value, (args, kwargs))
             return list(rule(Call(self, func, args, kwargs, _tensors(out))))
         decomposition = decomposition_table.get(func, func.decompose)
         with self:
@@ -256,7 +264,7 @@ def _memory_of(fake: Tensor) -> int:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
 
 
 class Call:
@@ -275,7 +283,7 @@ class Call:
     @property
     def values(self) -> list[Value]:
         """Every tensor among the arguments."""
-        return [v for v in pytree.tree_leaves(self.arguments) if isinstance(v, Value)]
+        return [v for v in tree_leaves(self.arguments) if isinstance(v, Value)]
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

@@ -15,8 +15,8 @@ import sympy
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
-from torch.utils import _pytree as pytree
 
+from ..._torch import tree_leaves, tree_map
 from ..autocast import autocast_at, under
 from ..canonical import canonical, mutated_arguments
 from ..values import Form, LogitsView, value_of
@@ -155,7 +155,7 @@ class _Reader:
         if node in self._inside:
             return self._inside[node]
         if node not in self._values and not self._pulled(node):
-            self._values[node] = pytree.tree_map(lambda v: self._outside(node, v), value_of(node))
+            self._values[node] = tree_map(lambda v: self._outside(node, v), value_of(node))
         return self._values[node]
 
     def _pulled(self, node: Node) -> bool:
@@ -242,7 +242,7 @@ class _Reader:
         return cast, args, kwargs
 
     def _keep(self, node: Node, out: Any, example: Any) -> None:
-        made, known = pytree.tree_leaves(out), pytree.tree_leaves(example)
+        made, known = tree_leaves(out), tree_leaves(example)
         if len(made) != len(known):
             raise NotByRows("another number of results than in the example")
         for fake, value in zip(made, known, strict=True):
@@ -290,7 +290,7 @@ class _Reader:
     def _is_large(self, node: Node) -> bool:
         if node not in self._inside:
             return False
-        leaves = [t for t in pytree.tree_leaves(self._inside[node]) if isinstance(t, Tensor)]
+        leaves = [t for t in tree_leaves(self._inside[node]) if isinstance(t, Tensor)]
         return any(self._too_large(self._recorder.value(t), node) for t in leaves)
 
     def _too_large(self, value: Value, node: Node) -> bool:

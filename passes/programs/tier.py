@@ -5,11 +5,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...functional import makes_grads_in_forward
+from ..canonical import canonical
 from ..decide import Policy, illegal_head, least_classes, row_count
 from ..faults import Undo
 from ..memory import N
@@ -17,7 +20,7 @@ from ..report import Rewritten
 from ..rewriter import logits_use
 from ..sharded import has_sharded_head
 from ..trace import Trace
-from ..values import Form, LogitsView, source_line
+from ..values import LogitsView, source_line, value_of
 from .axes import NotByRows
 from .emit import Emitted, emit
 from .linear import make_gradients_in_forward
@@ -52,7 +55,8 @@ class Cut:
             source=source_line(anchor),
             path=(node.name, anchor.name),
             sources=(source_line(node), source_line(anchor)),
-            strategy="rows, grads_in_forward" if self.grads_in_forward else "rows, recompute",
+            tier="rows",
+            strategy="grads_in_forward" if self.grads_in_forward else "recompute",
             bytes_saved=None if numbers[0] is None else int(saved.subs(N, numbers[0])),
             bytes_saved_expr=str(saved),
             bytes_needed_expr=str(needed),
@@ -95,12 +99,51 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple
     return done, {*stretch.inside, *(e.node for e in stretch.exits)}
 
 
+# Logits below this many bytes are left to the inner backend, which fuses them: blocks of a few rows cost more than they save.
+_SMALLEST = 8 << 20
+# Operations that mix the numbers of a row with a weight. A layer before one is a model's own, unless it is far wider than it
+# is deep, as a vocabulary is.
+_LAYERS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "scaled_dot_product_attention")
+_WIDER = 16
+
+
 def _is_head(node: Node, view: LogitsView, policy: Policy, found: Trace) -> bool:
-    if view.form is not Form.LOGITS or node in found.transformed or node._erased:
+    if node in found.transformed or node._erased or not any(u.op != "output" for u in node.users):
         return False
-    if not any(u.op != "output" for u in node.users) or has_sharded_head(view) or illegal_head(view) is not None:
+    if has_sharded_head(view) or illegal_head(view) is not None:
         return False
-    return bool(isinstance(view.classes, int) and view.classes >= least_classes(view, policy))
+    classes, width = view.classes, view.hidden_size
+    if not isinstance(classes, int) or not isinstance(width, int) or classes < least_classes(view, policy):
+        return False
+    size = _hint(row_count(view)) * classes * value_of(node).dtype.itemsize
+    if policy.min_vocab is None and size < _SMALLEST:
+        return False
+    return classes > _WIDER * width or not _is_layer(node, found)
+
+
+def _is_layer(head: Node, found: Trace) -> bool:
+    """Whether another layer reads what is made of a layer's result, number by number.
+
+    A cheap look at sizes, so that the layers of a model are not read as programs.
+    """
+    large = _hint(found.heads[head].classes) * _hint(row_count(found.heads[head])) // 4
+    seen, stack = {head}, [head]
+    while stack:
+        for user in stack.pop().users:
+            value = value_of(user)
+            if user in seen or not isinstance(value, Tensor):
+                continue
+            if canonical(user) in _LAYERS:
+                return True
+            seen.add(user)
+            if _hint(value.numel()) >= large:
+                stack.append(user)
+    return False
+
+
+def _hint(size: Any) -> int:
+    """A size, or that of the example."""
+    return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
 def _has_symbols(stretch: Stretch) -> bool:

@@ -107,6 +107,9 @@ def _write_group(
             inputs = [rows.input(builder, given) for given in emitted.row_inputs]
             shared = [_proxy(builder, s, stretch) for s in emitted.shared]
             flat = [(h.reshape(-1, h_size), w) for (h, w), h_size in zip(heads, _widths(emitted, stretch), strict=True)]
+            flat = [hw if ("head", n) in emitted.flows else tuple(t.detach() for t in hw) for n, hw in enumerate(flat)]
+            inputs = [x if ("row", n) in emitted.flows else x.detach() for n, x in enumerate(inputs)]
+            shared = [x if ("shared", n) in emitted.flows else x.detach() for n, x in enumerate(shared)]
             out = run_rows(
                 [h for h, _ in flat],
                 [w for _, w in flat],

@@ -136,7 +136,7 @@ def logits_of_a_step(optimizer: Any) -> None:
     loss.backward()
     step.step()
     model(x)  # other weights, perhaps at the same address
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match="changed since the forward"):
         logits.sum()
 
 

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Architectures of transformers at changing lengths and in generation; see `whole_models.py`. All of them behind the marker."""
+
+from __future__ import annotations
+
+import pytest
+
+from . import zoo
+from .whole_models import Use, examine
+
+FEW = [
+    "llama",
+    "qwen3",
+    "gpt2",
+    "mistral",
+    "gemma2",
+    "phi3",
+    "olmo2",
+    "opt",
+    "gpt_neox",
+    "mixtral",
+    "t5:seq2seq",
+    "bart:seq2seq",
+]
+
+
+@pytest.mark.parametrize("which", FEW)
+def test_an_architecture_holds(which: str) -> None:
+    use = zoo.apart(examine, which, "aot_eager", 1800, failed=Use)
+    assert use.holds and use.tokens, use
+
+
+@pytest.mark.slow
+def test_every_architecture_holds() -> None:
+    uses = [zoo.apart(examine, which, "inductor", 900, failed=Use) for which in zoo.architectures()]
+    built = [use for use in uses if use.built]
+    print(f"{len(uses)} architectures, {len(built)} built, {sum(bool(use.tokens) for use in built)} generate")
+    assert len(built) > 0.7 * len(uses)
+    assert all(use.holds for use in built), [use for use in built if not use.holds]
