@@ -185,12 +185,12 @@ def _table(page: str, heading: str) -> list[str]:
     return re.findall(r"`(\w+)`", "\n".join(row.split("|")[1] for row in rows[0].splitlines()))
 
 
-def test_the_readme_lists_every_option() -> None:
-    assert sorted(_table("README.md", "Options of cce_fx")) == sorted(f.name for f in fields(Options))
+def test_the_page_lists_every_option() -> None:
+    assert sorted(_table("docs/options.md", "Options of cce_fx")) == sorted(f.name for f in fields(Options))
 
 
-def test_the_readme_names_real_reasons() -> None:
-    assert set(_table("README.md", "## What is declined")) <= {r.name for r in Reason}
+def test_the_page_names_real_reasons() -> None:
+    assert set(_table("docs/options.md", "## What is declined")) <= {r.name for r in Reason}
 
 
 def test_every_reason_has_a_program_that_meets_it_and_a_remedy() -> None:
