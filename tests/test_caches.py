@@ -85,7 +85,7 @@ def compiled(options: dict[str, Any]) -> tuple[list[Tensor], tuple[int, int]]:
     return results, (found["autograd_cache_hit"], found["autograd_cache_miss"])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "change", [{"strategy": "recompute"}, {"logits": "keep"}, {"workspace": 1 << 14}, {"min_vocab": 1000}], ids=str
 )
