@@ -11,10 +11,8 @@ together. A process that ends or hangs is not started again: its test has failed
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import signal
-from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import pytest
 import torch
 
 from .device import INTERPRETED, accelerator, faster_interpreter, larger_tiles
+from .selection import sampled
 
 LEFT_OUT = pytest.StashKey[int]()
 HERE = Path(__file__).parent
@@ -91,19 +90,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if top in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(top))
     return result
-
-
-def sampled(items: list[pytest.Item], every: int | None = None) -> list[pytest.Item]:
-    """Of each test function one case in `every`, one at the least, always the same ones; as it is marked without `every`."""
-    cases: dict[Any, list[pytest.Item]] = defaultdict(list)
-    for item in items:
-        cases[item.path, getattr(item, "originalname", item.name)].append(item)
-    found = []
-    for group in cases.values():
-        mark = group[0].get_closest_marker("sample")
-        part = every or (mark.args[0] if mark else 1)
-        found += sorted(group, key=lambda item: hashlib.sha256(item.name.encode()).digest())[: -(-len(group) // part)]
-    return found
 
 
 @pytest.hookimpl(optionalhook=True)

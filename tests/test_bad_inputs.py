@@ -236,6 +236,7 @@ def in_double(given: dict[str, Any]) -> dict[str, Any]:
     return {name: double(t) for name, t in given.items()}
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CASES)
 def test_compiled(name: str) -> None:
     case = CASES[name]

@@ -194,6 +194,7 @@ def test_fork_and_spawn(tmp_path: Path) -> None:
     assert done.returncode == 0 and "agreed" in done.stdout and "LazyLogits" in done.stdout, done.stderr
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("call", [1, 2])
 @pytest.mark.parametrize("where", ["native", "portable", "recompute"])
 def test_an_interrupt_inside_the_kernel(

@@ -56,6 +56,7 @@ def measured(fn: Callable[..., Tensor], args: tuple[Tensor, ...], options: dict[
 SHAPES = [(64, 64, 1000), (512, 64, 8192), (2048, 64, 8192), (128, 256, 16000), (1024, 128, 16000)]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("strategy", ["grads_in_forward", "recompute"])
 def test_prediction_is_within_a_tenth_of_what_is_measured(shape: tuple[int, int, int], strategy: str) -> None:
@@ -64,6 +65,7 @@ def test_prediction_is_within_a_tenth_of_what_is_measured(shape: tuple[int, int,
     assert predicted == pytest.approx(measured(loss, args, options), rel=0.1)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("strategy", ["grads_in_forward", "recompute"])
 @pytest.mark.parametrize("fn", [loss, autocast_loss])
 @pytest.mark.parametrize("shape", [(512, 64, 8192), (64, 256, 16000)])

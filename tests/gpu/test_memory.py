@@ -80,8 +80,11 @@ def test_prediction_is_within_a_tenth_of_what_is_measured(
 
 @pytest.mark.parametrize("part", [8, 32])
 def test_a_workspace_is_kept_to(part: int, device: torch.device) -> None:
-    args = tensors(device)
-    n, d, v = shape(device)
+    h, w, y = tensors(device)
+    if INTERPRETED:  # for which many launches take long
+        h, w, y = h[:32], w[:500], y[:32] % 500
+    args = h.detach().requires_grad_(), w.detach().requires_grad_(), y
+    n, v = h.shape[0], w.shape[0]
     workspace = 2 * n * v // part
     run = compiled(workspace=workspace)
     step(run, args)

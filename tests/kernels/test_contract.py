@@ -168,7 +168,7 @@ def extra_bytes(kernel: Kernel, problem: Problem, needs: Needs) -> int:
     return peak - sum(t.nbytes for results in kept[0] for t in results if t is not None)
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("workspace", [1 << 18, 1 << 20, 1 << 22])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("ignored", [0.0, 0.5])

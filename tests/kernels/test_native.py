@@ -120,7 +120,7 @@ def test_every_step_with_every_option(shape: str, options: str) -> None:
     check(p, row_grads(p, all_three=p.smooth), ALL, native)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @needs_code
 @pytest.mark.parametrize("processor", [name for name in PROCESSORS if name != "this"])
 @pytest.mark.parametrize("shape", ["one block", "stored in the gradient, and made again", "wide"])

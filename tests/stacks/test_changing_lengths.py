@@ -165,6 +165,7 @@ def loop(model: nn.Module, data: Any, step: Callable[[Tensor], None]) -> tuple[l
     return losses, read
 
 
+@pytest.mark.slow
 def test_accelerate() -> None:
     def train(compile: Any) -> Any:
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -185,6 +186,7 @@ def test_accelerate() -> None:
     check(train)
 
 
+@pytest.mark.slow
 def test_peft() -> None:
     def train(compile: Any) -> Any:
         torch.manual_seed(1)

@@ -127,6 +127,7 @@ LORA = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LORA)
 def test_lora_on_a_frozen_base(name: str) -> None:
     def adapted() -> nn.Module:

@@ -79,6 +79,7 @@ class Lit(lightning.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("inside", [True, False], ids=["loss in the model", "loss in training_step"])
 @pytest.mark.parametrize("how", ["model", "module"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
