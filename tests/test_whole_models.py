@@ -26,7 +26,7 @@ FEW = [
 
 @pytest.mark.parametrize("which", FEW)
 def test_an_architecture_holds(which: str) -> None:
-    use = zoo.apart(examine, which, "aot_eager", 1800, failed=Use)
+    use = zoo.apart(examine, which, "aot_eager greedy", 1800, failed=Use)
     assert use.holds and use.tokens, use
 
 

@@ -97,22 +97,22 @@ def train(model: torch.nn.Module, call: Callable[..., Any], task: str, counted: 
     return found
 
 
-def generate(model: Any, task: str) -> dict[str, Any]:
-    """Tokens of each way to generate, or the error."""
+def generate(model: Any, task: str, ways: list[str]) -> dict[str, Any]:
+    """Tokens of each of these ways to generate, of all where none is named, or the error."""
     ids = zoo.batch_of(model, task, 6)["input_ids"]
     found: dict[str, Any] = {}
-    for way, how in GENERATION.items():
+    for way in ways or GENERATION:
         torch.manual_seed(0)
         try:
-            found[way] = model.generate(ids, max_new_tokens=6, min_new_tokens=6, pad_token_id=0, **how)
+            found[way] = model.generate(ids, max_new_tokens=6, min_new_tokens=6, pad_token_id=0, **GENERATION[way])
         except Exception as error:  # reported, or no matter where eager fails as well
             found[way] = f"{type(error).__name__}: {error}".splitlines()[0]
     return found
 
 
-def examine(name: str, task: str, inner: str) -> Use:
-    """One architecture, in this process."""
-    use = Use(name, task)
+def examine(name: str, task: str, how: str) -> Use:
+    """One architecture, in this process; `how` is what compiles generation, and after it the ways to generate, if not all."""
+    use, (inner, *ways) = Use(name, task), how.split()
     model, _ = zoo.build(name, task)
     theirs, ours = Counted(), Counted()
     expected = train(model, torch.compile(model, backend=theirs), task, theirs)
@@ -128,9 +128,9 @@ def examine(name: str, task: str, inner: str) -> Use:
     torch.compiler.reset()
     if hasattr(model, "generate") and task != "masked":
         model.eval()
-        want = generate(model, task)
+        want = generate(model, task, ways)
         model.compile(backend="cce", options={"inner": inner})
-        got = generate(model, task)
+        got = generate(model, task, ways)
         use.tokens = {way: _alike(got[way], want[way]) for way in want if isinstance(want[way], torch.Tensor)}
         model.train()
         use.losses &= _close(train(model, model, task).losses, expected.losses)

@@ -197,7 +197,8 @@ def _cut(
     with under(device, autocast):
         fakes.propagate(gm, [loss], grad=torch.is_grad_enabled())
     policy = state.root.chain.run.meta.get("cce_fx_policy", Policy())  # type: ignore[union-attr]
-    report, _ = apply(gm, replace(policy, min_vocab=0), Undo(gm))
+    # A row program would be compiled while the program waits, for a number that it may ask for once.
+    report, _ = apply(gm, replace(policy, min_vocab=0, tiers="kernel"), Undo(gm))
     return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None
 
 

@@ -41,9 +41,10 @@ def loader() -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(rows(), batch_size=BATCH, collate_fn=collate)
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    hits = logits[:, :-1].argmax(-1) == labels[:, 1:]
-    return float(hits[labels[:, 1:] != -100].float().mean())
+def confidence(logits: Tensor, labels: Tensor) -> float:
+    """The mean of the largest logits: of other weights it is another number."""
+    largest = logits.detach()[:, :-1].max(-1).values
+    return float(largest[labels[:, 1:] != -100].mean())
 
 
 class Counted:
@@ -69,7 +70,8 @@ def check(train: Callable[[Any], tuple[nn.Module, list[float], list[float]]], *,
     found = allocations(lambda: train(lambda model: model.compile(backend="cce", options={"inner": inner})))
     ours, our_losses, our_read = found.result
     assert not found.holds_logits
-    assert our_losses == pytest.approx(losses, rel=1e-4) and our_read == read and len(read) == STEPS
+    assert our_losses == pytest.approx(losses, rel=1e-4)
+    assert our_read == pytest.approx(read, rel=1e-5) and len(read) == STEPS
     assert_same_weights(ours, eager, atol=atol)
     assert 0 < inner.graphs <= theirs.graphs + 1
 
@@ -83,7 +85,7 @@ class Reads(TrainerCallback):
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         assert self.last is not None
-        self.read.append(accuracy(*self.last))
+        self.read.append(confidence(*self.last))
 
 
 class Keeping(Trainer):
@@ -161,7 +163,7 @@ def loop(model: nn.Module, data: Any, step: Callable[[Tensor], None]) -> tuple[l
         out = model(**batch)
         step(out.loss)
         losses.append(out.loss.item())
-        read.append(accuracy(out.logits, batch["labels"]))
+        read.append(confidence(out.logits, batch["labels"]))
     return losses, read
 
 
@@ -219,7 +221,7 @@ class Lit(lightning.LightningModule):
         return {"loss": out.loss, "logits": out.logits}
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Tensor], at: int) -> None:
-        self.read.append(accuracy(outputs["logits"], batch["labels"]))
+        self.read.append(confidence(outputs["logits"], batch["labels"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adagrad(self.parameters(), lr=1e-3)
