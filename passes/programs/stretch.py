@@ -295,8 +295,10 @@ class _Reader:
 
     def _too_large(self, value: Value, node: Node) -> bool:
         """Whether a row's value is of the size of logits."""
-        hidden = [self._sizes(self._heads[h].hidden_size) for h in self._from.get(node, ()) if h in self._heads]
-        return torch.Size(row_shape(value.dims)).numel() > max(hidden, default=0)
+        heads = [self._heads[h] for h in self._from.get(node, ()) if h in self._heads]
+        # No more than a hidden state, and far less than logits.
+        limits = [min(self._sizes(v.hidden_size), self._sizes(v.classes) // 4) for v in heads]
+        return torch.Size(row_shape(value.dims)).numel() > max(limits, default=0)
 
     # --- what leaves
 

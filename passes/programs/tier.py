@@ -18,7 +18,7 @@ from ..faults import Undo
 from ..memory import N
 from ..report import Rewritten
 from ..rewriter import logits_use
-from ..sharded import has_sharded_head
+from ..sharded import is_sharded
 from ..trace import Trace
 from ..values import LogitsView, source_line, value_of
 from .axes import NotByRows
@@ -110,7 +110,8 @@ _WIDER = 16
 def _is_head(node: Node, view: LogitsView, policy: Policy, found: Trace) -> bool:
     if node in found.transformed or node._erased or not any(u.op != "output" for u in node.users):
         return False
-    if has_sharded_head(view) or illegal_head(view) is not None:
+    divided = any(is_sharded(value_of(n)) for operand in view.operands for n in (*operand.nodes, node))
+    if divided or illegal_head(view) is not None:
         return False
     classes, width = view.classes, view.hidden_size
     if not isinstance(classes, int) or not isinstance(width, int) or classes < least_classes(view, policy):
