@@ -74,3 +74,22 @@ def pythons(session: nox.Session, torch: str) -> None:
     """The smoke part on the other Pythons, with whatever versions of the rest there are for them."""
     _install(session, torch, "smoke", pinned=False)
     session.run("python", "-m", "pytest", "-q", *(session.posargs or SMOKE))
+
+
+@nox.session(python=PYTHON)
+def sanitized(session: nox.Session) -> None:
+    """The native code under AddressSanitizer and UndefinedBehaviorSanitizer: the kernels' tests with 2,000 drawn problems."""
+    _install(session, "2.13", "test")
+    runtimes = [
+        session.run("gcc", f"-print-file-name=lib{name}", external=True, silent=True).strip()
+        for name in ("asan.so", "ubsan.so", "stdc++.so.6")
+    ]
+    env = {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "CCE_FX_SANITIZE": "address,undefined",
+        "CCE_FX_PROBLEMS": "2000",
+        "TORCHINDUCTOR_CACHE_DIR": str(session.create_tmp()),
+    }
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/kernels"]), env=env)

@@ -3,6 +3,9 @@
 // Call, out goes a tile of products with the largest of each row. gradients.h goes on from there.
 
 #include <algorithm>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 extern "C" {
 
@@ -131,6 +134,17 @@ Matrix hidden_of(const Call& q) {
 
 // --- memory ----------------------------------------------------------------------------------------------------------------
 
+// With AddressSanitizer, a guard after each part of a workspace finds what goes beyond it.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kGuard = 16;
+void guard(float* at) { __asan_poison_memory_region(at, sizeof(float) * kGuard); }
+void take_guards(float* at, int64_t count) { __asan_unpoison_memory_region(at, sizeof(float) * count); }
+#else
+constexpr int64_t kGuard = 0;
+void guard(float*) {}
+void take_guards(float*, int64_t) {}
+#endif
+
 // Memory that is taken from its beginning on; without a base, how much that is.
 struct Workspace {
   float* base;
@@ -138,7 +152,8 @@ struct Workspace {
 
   float* take(int64_t count) {
     float* const part = base ? base + used : nullptr;
-    used += up(count, kLanes);
+    used += up(count, kLanes) + kGuard;
+    if (base) guard(base + used - kGuard);
     return part;
   }
 };

@@ -64,11 +64,14 @@ class _Run:
         p, self.rows = problem, rows
         self.kept: list[Tensor] = []
         weights = local_class_weight(p) if p.smooth else None
+        threads = min(torch.get_num_threads(), MOST_THREADS)
+        # Rows that are left out count for the default: fewer would make smaller steps.
+        workspace = p.workspace or plan.default_workspace(p.hidden.shape[0], p.weight.shape[0], threads)
         sizes = Sizes(
             p.hidden.dtype, rows.count, *p.weight.shape, p.epilogue.softcap is not None, p.smooth,
-            c is not None and c.uniform is not None, *(t is not None for t in out), p.workspace,
+            c is not None and c.uniform is not None, *(t is not None for t in out), workspace,
         )  # fmt: skip
-        self.sizes = sizes, min(torch.get_num_threads(), MOST_THREADS)
+        self.sizes = sizes, threads
         inner, outer = _scales(p.epilogue)
         at = self.address
         self.head = Head(

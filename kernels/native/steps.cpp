@@ -383,16 +383,38 @@ void make_gradients(const Call& q) {
     put_hidden<Recomputed>(q, s, workspace, q.first + r, r, s.rows, nullptr, [](int64_t) { return Floats{}; });
 }
 
+// How many numbers the workspace of a call has to have.
+int64_t size_of(const Call& q, int64_t kind) {
+  const Sizes s(q);
+  Workspace workspace{nullptr};
+  const RowState state(s, workspace);
+  if (kind == kWeights) return size_with<Weights>(q, s, workspace);
+  const StoredTiles stored(q, s, workspace);
+  Workspace more = workspace;
+  more.take((kind == kGradients ? s.rows : s.block) * s.depth);
+  if (kind == kGradients) return size_with<Recomputed>(q, s, more);
+#if STORAGE == 0
+  return std::max(size_with<Sums>(q, s, more), size_with<FromTiles>(q, s, workspace));
+#else
+  return size_with<Sums>(q, s, more);
+#endif
+}
+
 // Whether what was made is finite, where that has to be known.
 bool make(const Call& q, int64_t kind) {
-  if (kind == kWeights) return make_weights(q), true;
-  if (kind == kGradients) return make_gradients(q), true;
-  const bool finite = make_sums(q);
-  if (!finite && (q.d_hidden || q.stores)) return false;
+  bool finite = true;
+  if (kind == kWeights) {
+    make_weights(q);
+  } else if (kind == kGradients) {
+    make_gradients(q);
+  } else {
+    finite = make_sums(q) || !(q.d_hidden || q.stores);
 #if STORAGE == 0
-  if (kind == kTiles) use_stored(q);
+    if (finite && kind == kTiles) use_stored(q);
 #endif
-  return true;
+  }
+  if (kGuard > 0) take_guards(q.workspace, size_of(q, kind));
+  return finite;
 }
 
 }  // namespace
@@ -414,22 +436,7 @@ int32_t cce_run(const Head* head, const Step* steps, int64_t count, int64_t* pos
 }
 
 // How many numbers the workspace of a step has to have.
-int64_t cce_workspace(const Head* head, const Step* step) {
-  const Call q(*head, *step, 0);
-  const Sizes s(q);
-  Workspace workspace{nullptr};
-  const RowState state(s, workspace);
-  if (step->kind == kWeights) return size_with<Weights>(q, s, workspace);
-  const StoredTiles stored(q, s, workspace);
-  Workspace more = workspace;
-  more.take((step->kind == kGradients ? s.rows : s.block) * s.depth);
-  if (step->kind == kGradients) return size_with<Recomputed>(q, s, more);
-#if STORAGE == 0
-  return std::max(size_with<Sums>(q, s, more), size_with<FromTiles>(q, s, workspace));
-#else
-  return size_with<Sums>(q, s, more);
-#endif
-}
+int64_t cce_workspace(const Head* head, const Step* step) { return size_of(Call(*head, *step, 0), step->kind); }
 
 // For the other side to compare.
 int64_t cce_head_size() { return sizeof(Head); }
