@@ -21,6 +21,7 @@ INLINE void each_target(const Call& q, Columns columns, const RowBlock& block, c
 template <typename Entry>
 INLINE void make_gradient(const Call& q, Columns columns, float* tile, const RowBlock& block, const RowState& state, bool bias,
                           const Entry& entry) {
+  const Phase phase(kExponentials);
   for (int64_t c = 0; c < columns.count; ++c) {
     const float w = q.class_weight ? q.class_weight[columns.first + c] : 1.0f;
     Floats total = {};
@@ -67,6 +68,7 @@ void gradient_of(const Call& q, Columns columns, float* tile, const RowBlock& bl
 // Copy a chunk's weights as the right factor of the gradient of hidden, where that is not what `left` is.
 void pack_right(const Call& q, const Sizes& s, Columns columns, const Buffers& own) {
   if (kPack == 1) return;
+  const Phase phase(kPacking);
   for (int64_t k = 0; k < s.span; k += kPanel)
     pack_panel(weight_of(q), columns.first, columns.count, k, own.right + k * s.pairs);
 }
@@ -74,6 +76,7 @@ void pack_right(const Call& q, const Sizes& s, Columns columns, const Buffers& o
 // d_hidden (D / panel, R, panel) = or += tile^T W, for the rows of a block, which begin at `first` among `all` rows.
 void add_hidden(const Call& q, const Sizes& s, Columns columns, const float* tile, const RowBlock& block, int64_t first, int64_t all,
                 const Buffers& own, float* d_hidden, bool add) {
+  const Phase phase(kHiddenGradient);
   const float* const words = pair_columns(tile, columns.count, block.padded, own.words);
   const int64_t length = up(columns.count, kPack) / kPack;
   Nothing nothing;
@@ -101,6 +104,7 @@ struct Panels {
   bool all(const Sizes& s) const { return group == s.span; }
 
   void take(const Call& q, const Sizes& s, int64_t row, int64_t count, int64_t first) const {
+    const Phase phase(kPacking);
     for (int64_t k = first; k < std::min(first + group, s.span); k += kPanel)
       pack_panel(hidden_of(q), row, count, k, at(count, k - first));
   }
@@ -149,6 +153,7 @@ INLINE void weight_block(const Call& q, const Tiles& tiles, int64_t c, const flo
 
 // out (C, D) of a chunk = or += tiles @ hidden.
 void add_weight(const Call& q, const Sizes& s, Columns columns, const Tiles& tiles, const Panels& panels, Target out, bool add) {
+  const Phase phase(kWeightGradient);
   for (int64_t first = 0; first < out.width; first += panels.group) {
     if (!panels.all(s)) panels.take(q, s, tiles.row, tiles.count, first);
     const int64_t last = std::min(first + panels.group, out.width);

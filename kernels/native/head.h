@@ -30,6 +30,7 @@ struct Head {  // as in library.py
   float* d_bias;
   int64_t columns, threads;  // columns of a chunk
   float* workspace;          // as many numbers as `cce_workspace` says for the largest step
+  int64_t workspace_size;
 };
 
 // Rows first..last, `rows` at a time in blocks of `block`, and columns begin..end of the weight, `classes` at a time.
@@ -292,6 +293,7 @@ INLINE Ahead weights_after(const Call& q, int64_t row, int64_t count, int64_t k,
 // tile (C, R) = the products of a chunk with the rows of `packed`. The weights are copied to `own.left` where `copy`.
 void make_logits(const Call& q, const Sizes& s, Columns columns, const float* packed, int64_t rows, const Buffers& own, float* tile,
                  bool copy) {
+  const Phase phase(kLogits);
   const Matrix weight = weight_of(q);
   const int64_t panels = s.depth / kPanel;
   for (int64_t slab = 0; slab < panels; slab += kSlab) {
@@ -303,6 +305,7 @@ void make_logits(const Call& q, const Sizes& s, Columns columns, const float* pa
       const int64_t row = columns.first + c, below = c + 2 * kR <= columns.count ? kR * rows : 0;
       Ahead ahead = {};
       if (copy) {
+        const Phase phase(kPacking);
         for (int64_t p = 0; p < now; ++p) pack_rows(weight, row, kR, from + p * kPanel, lines + p * q.columns * kPanel);
         ahead = weights_after(q, row + kR, kR, from, now * kPanel, now * ((rows + kPanel - 1) / kPanel));
       }

@@ -41,6 +41,7 @@ class Head(ctypes.Structure):
         ("columns", _COUNT),
         ("threads", _COUNT),
         ("workspace", _POINTER),
+        ("workspace_size", _COUNT),
     ]
 
 

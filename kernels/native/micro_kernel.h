@@ -8,7 +8,38 @@
 
 #include <immintrin.h>
 
+#ifdef PHASES
+#include <atomic>
+#endif
+
 namespace {
+
+// --- where the time goes ----------------------------------------------------------------------------------------------------
+
+// Compiled with PHASES, for `python -m benchmarks kernel --peak`: ticks of all threads in each phase, exclusive of inner ones.
+enum PhaseName { kPacking, kLogits, kExponentials, kHiddenGradient, kWeightGradient, kPhases };
+#ifdef PHASES
+std::atomic<int64_t> phase_ticks[kPhases];
+
+struct Phase {
+  Phase(PhaseName name) : name(name), outer(current), begin(__builtin_ia32_rdtsc()) { current = this; }
+  ~Phase() {
+    const int64_t ticks = __builtin_ia32_rdtsc() - begin;
+    phase_ticks[name] += ticks - inner;
+    if (outer) outer->inner += ticks;
+    current = outer;
+  }
+  PhaseName name;
+  Phase* outer;
+  int64_t begin, inner = 0;
+  static thread_local Phase* current;
+};
+thread_local Phase* Phase::current = nullptr;
+#else
+struct Phase {
+  Phase(PhaseName) {}
+};
+#endif
 
 // STORAGE is defined in front of this file: 0 float32, 1 bfloat16, 2 float16.
 #if STORAGE == 0
@@ -267,6 +298,7 @@ INLINE void transpose(Floats* lines) {
 // Lines row..row + count as the right factor of a product along them: for each panel of lines word k of all of them, for all
 // `depth` words. Lines up to `padded` are zero.
 void pack_transposed(const Matrix& from, int64_t row, int64_t count, int64_t padded, int64_t depth, float* to) {
+  const Phase phase(kPacking);
   for (int64_t r = 0; r < padded; r += kPanel) {
     const int64_t wide = padded - r < kPanel ? padded - r : kPanel;
     float* const panel = to + r * depth;

@@ -110,7 +110,8 @@ class _Run:
         head, code = self.head, compiled(self.sizes[0].dtype)
         assert code is not None
         workspace = torch.empty(chosen.size)
-        head.workspace, head.threads, head.columns = workspace.data_ptr(), chosen.threads, chosen.columns
+        head.workspace, head.workspace_size = workspace.data_ptr(), chosen.size
+        head.threads, head.columns = chosen.threads, chosen.columns
         position, state = ctypes.c_int64(0), MORE
         while state == MORE:  # an interrupt gets its turn every now and then
             state = code.run(head, chosen.array, len(chosen.steps), position)

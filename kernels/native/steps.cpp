@@ -11,6 +11,9 @@
 
 #include <chrono>
 #include <utility>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -83,6 +86,7 @@ void exponentials(const Call& q, Columns columns, float* tile, int64_t rows, con
 }
 
 void take_exponentials(const Call& q, Columns columns, float* tile, int64_t rows, const Sums& own) {
+  const Phase phase(kExponentials);
   const auto exponentials_of = q.capped ? (q.weighted ? exponentials<true, true> : exponentials<true, false>)
                                         : (q.weighted ? exponentials<false, true> : exponentials<false, false>);
   exponentials_of(q, columns, tile, rows, own, q.stores || q.d_hidden);
@@ -102,6 +106,7 @@ void shrink(const Call& q, const Sizes& s, const RowBlock& block, const Sums& ow
 
 // Take the largest logits so far from the largest products; earlier sums become relative to them.
 void take_peaks(const Call& q, const Sizes& s, const RowBlock& block, const Sums& own) {
+  const Phase phase(kExponentials);
   for (int64_t j = 0; j < block.padded; j += kLanes) {
     const Floats top = logit_of(q, load(own.peak + j)), before = load(own.top + j);
     const Floats shift = top == -INFINITY ? Floats{} : top;  // exponentials of a row without any finite logit are 0
@@ -320,6 +325,23 @@ void make_again(const Call& q, const Sizes& s, const float* packed, const RowSta
 
 // --- calls -----------------------------------------------------------------------------------------------------------------
 
+// How many numbers the workspace of a call has to have.
+int64_t size_of(const Call& q, int64_t kind) {
+  const Sizes s(q);
+  Workspace workspace{nullptr};
+  const RowState state(s, workspace);
+  if (kind == kWeights) return size_with<Weights>(q, s, workspace);
+  const StoredTiles stored(q, s, workspace);
+  Workspace more = workspace;
+  more.take((kind == kGradients ? s.rows : s.block) * s.depth);
+  if (kind == kGradients) return size_with<Recomputed>(q, s, more);
+#if STORAGE == 0
+  return std::max(size_with<Sums>(q, s, more), size_with<FromTiles>(q, s, workspace));
+#else
+  return size_with<Sums>(q, s, more);
+#endif
+}
+
 // Sums of the rows, the gradient of hidden where it is wanted, and stored tiles. Whether all that is finite.
 bool make_sums(const Call& q) {
   const Sizes s(q);
@@ -336,7 +358,10 @@ bool make_sums(const Call& q) {
       sum_up(q, s, block, packed, state, stored, part_of<Sums>(q, s, workspace, t), chunks);
     });
 #pragma omp parallel for schedule(static) num_threads(q.threads) reduction(+ : wrong) if (q.threads > 1)
-    for (int64_t r = 0; r < block.count; ++r) wrong += finish_row(q, s, block, state, workspace, r);
+    for (int64_t r = 0; r < block.count; ++r) {
+      const Phase phase(kHiddenGradient);
+      wrong += finish_row(q, s, block, state, workspace, r);
+    }
   }
   return wrong == 0.0f;
 }
@@ -348,6 +373,7 @@ void use_stored(const Call& q) {
   Workspace workspace{q.workspace};
   const RowState state(s, workspace);
   const StoredTiles stored(q, s, workspace);
+  if (kGuard > 0) take_guards(q.workspace + workspace.used, size_of(q, kTiles) - workspace.used);  // of the sums
   in_threads(q, s, [&](int64_t t, Span chunks) {
     use_tiles(q, s, state, stored, part_of<FromTiles>(q, s, workspace, t), chunks);
   });
@@ -383,23 +409,6 @@ void make_gradients(const Call& q) {
     put_hidden<Recomputed>(q, s, workspace, q.first + r, r, s.rows, nullptr, [](int64_t) { return Floats{}; });
 }
 
-// How many numbers the workspace of a call has to have.
-int64_t size_of(const Call& q, int64_t kind) {
-  const Sizes s(q);
-  Workspace workspace{nullptr};
-  const RowState state(s, workspace);
-  if (kind == kWeights) return size_with<Weights>(q, s, workspace);
-  const StoredTiles stored(q, s, workspace);
-  Workspace more = workspace;
-  more.take((kind == kGradients ? s.rows : s.block) * s.depth);
-  if (kind == kGradients) return size_with<Recomputed>(q, s, more);
-#if STORAGE == 0
-  return std::max(size_with<Sums>(q, s, more), size_with<FromTiles>(q, s, workspace));
-#else
-  return size_with<Sums>(q, s, more);
-#endif
-}
-
 // Whether what was made is finite, where that has to be known.
 bool make(const Call& q, int64_t kind) {
   bool finite = true;
@@ -417,6 +426,18 @@ bool make(const Call& q, int64_t kind) {
   return finite;
 }
 
+// Large pages, where the system has them: memory that is new costs a fault for each page of 4 KiB when it is written.
+void ask_for_large_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (memory && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
+}
+
 }  // namespace
 
 extern "C" {
@@ -425,6 +446,10 @@ enum State { kDone, kMore, kNotFinite };
 
 // Take steps from piece number `position` of all of theirs on, for half a second, so that whoever waits may interrupt.
 int32_t cce_run(const Head* head, const Step* steps, int64_t count, int64_t* position) {
+  if (*position == 0) {
+    ask_for_large_pages(head->d_weight, head->classes * head->width * sizeof(Number));
+    ask_for_large_pages(head->workspace, head->workspace_size * sizeof(float));
+  }
   const auto begin = std::chrono::steady_clock::now();
   int64_t before = 0;
   for (int64_t i = 0; i < count; before += pieces(steps[i++]))
@@ -437,6 +462,13 @@ int32_t cce_run(const Head* head, const Step* steps, int64_t count, int64_t* pos
 
 // How many numbers the workspace of a step has to have.
 int64_t cce_workspace(const Head* head, const Step* step) { return size_of(Call(*head, *step, 0), step->kind); }
+
+#ifdef PHASES
+// Ticks in each phase since the last call.
+void cce_phases(int64_t* ticks) {
+  for (int i = 0; i < kPhases; ++i) ticks[i] = phase_ticks[i].exchange(0);
+}
+#endif
 
 // For the other side to compare.
 int64_t cce_head_size() { return sizeof(Head); }
