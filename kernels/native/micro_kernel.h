@@ -123,14 +123,21 @@ INLINE void in_blocks(int64_t count, const Part& part) {
   for (; at < count; ++at) part(Constant<1>{}, at);
 }
 
-// Memory that will be needed soon, asked for bit by bit while something else is computed: `count` pieces of `bytes` bytes.
+constexpr int kUnroll = 8;  // words of the left factor between two prefetches
+
+// Memory that will be needed soon, prefetched line by line while something else is computed: `count` pieces of `bytes` bytes,
+// `lines` lines at a time. All at once they would keep the cache from what is multiplied.
+template <bool kWrite>
 struct Ahead {
   const char* at;
   int64_t step, bytes, count, lines, done = 0;
 
   INLINE void ask() {
     for (int64_t line = 0; line < lines && count > 0; ++line) {
-      __builtin_prefetch(at + done, 0, 2);
+      if (kWrite)
+        __builtin_prefetch(at + done, 1, 3);
+      else
+        __builtin_prefetch(at + done, 0, 2);
       done += 64;
       if (done >= bytes) {
         done = 0;
@@ -154,6 +161,12 @@ struct Left {
   int64_t row, step, segments, length, segment;
 };
 
+// A panel of the right factor: word k of its columns at `at + k row`.
+struct Right {
+  const float* at;
+  int64_t row;
+};
+
 INLINE Floats multiply_add(Floats sum, Floats right, float word) {
 #if STORAGE == 1 && defined(__AVX512BF16__)
   return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(word), (__m512bh)right);
@@ -164,8 +177,8 @@ INLINE Floats multiply_add(Floats sum, Floats right, float word) {
 
 // out (R, 16 V) = left (R, K) @ panel (K, 16 V), or with `add` out += ...; `finish` may change the sums before they are stored.
 template <int kR, int kV, int kRow, int kStep, typename Hint, typename Finish>
-__attribute__((noinline)) void multiply(const Left& left, const float* panel, float* out, int64_t out_row, bool add,
-                                        Hint& hint, const Finish& finish) {
+__attribute__((noinline)) void multiply(const Left& left, Right panel, float* out, int64_t out_row, bool add, Hint& hint,
+                                        const Finish& finish) {
   const int64_t row = kRow ? kRow : left.row, step = kStep ? kStep : left.step;
   Floats sums[kR][kV];
 #pragma GCC unroll 16
@@ -174,11 +187,10 @@ __attribute__((noinline)) void multiply(const Left& left, const float* panel, fl
     for (int v = 0; v < kV; ++v) sums[i][v] = Floats{};
   for (int64_t s = 0; s < left.segments; ++s) {
     const float* at = left.at + s * left.segment;
-    hint.ask();
-    for (int64_t k = 0; k < left.length; ++k) {
+    const auto add_word = [&]() __attribute__((always_inline)) {
       Floats right[kV];
 #pragma GCC unroll 16
-      for (int v = 0; v < kV; ++v) right[v] = load(panel + v * kLanes);
+      for (int v = 0; v < kV; ++v) right[v] = load(panel.at + v * kLanes);
 #pragma GCC unroll 16
       for (int i = 0; i < kR; ++i) {
         const float word = at[i * row];
@@ -186,8 +198,15 @@ __attribute__((noinline)) void multiply(const Left& left, const float* panel, fl
         for (int v = 0; v < kV; ++v) sums[i][v] = multiply_add(sums[i][v], right[v], word);
       }
       at += step;
-      panel += kV * kLanes;
+      panel.at += panel.row;
+    };
+    int64_t k = 0;
+    for (; k + kUnroll <= left.length; k += kUnroll) {
+      hint.ask();
+#pragma GCC unroll 16
+      for (int u = 0; u < kUnroll; ++u) add_word();
     }
+    for (; k < left.length; ++k) add_word();
   }
   if (add) {  // only now: a long sum is more exact in parts
 #pragma GCC unroll 16
@@ -220,15 +239,17 @@ INLINE Floats vector_of(const Matrix& from, int64_t i, int64_t k) {
   return from.column == 1 && left >= kLanes ? load_numbers(at) : some_numbers(at, from.column, left < kLanes ? left : kLanes);
 }
 
+INLINE Floats load_full_words(const Number* at) {
+  Floats words;
+  if (kPack == 1) return load_numbers(at);
+  std::memcpy(&words, at, sizeof words);
+  return words;
+}
+
 // Words k..k + kLanes of a line, zero beyond its end.
 INLINE Floats load_words(const Matrix& from, const Number* line, int64_t k) {
   const int64_t left = from.width - k * kPack;
-  if (from.column == 1 && left >= kPack * kLanes) {
-    Floats words;
-    if (kPack == 1) return load_numbers(line + k);
-    std::memcpy(&words, line + k * kPack, sizeof words);
-    return words;
-  }
+  if (from.column == 1 && left >= kPack * kLanes) return load_full_words(line + k * kPack);
   if (kPack == 1) return some_numbers(line + k * from.column, from.column, left < kLanes ? left : kLanes);
   Number few[kPack * kLanes] = {};
   for (int64_t i = 0; i < kPack * kLanes && i < left; ++i) few[i] = line[(k * kPack + i) * from.column];
@@ -245,6 +266,53 @@ INLINE void pack_rows(const Matrix& from, int64_t row, int64_t count, int64_t k,
     store(to + kLanes, load_words(from, line, k + kLanes));
   }
 }
+
+// The same for whole panels k..k + panels of words, each `stride` words after the one before, in portions while something else is
+// computed, so that memory and registers work at the same time.
+struct PackAhead {
+  Matrix from{};
+  int64_t row = 0, count = 0, k = 0, panels = 0, stride = 0;
+  float* to = nullptr;
+  int64_t full = 0, portion = 0, lines = 0;  // panels that the width fills; panels at a time; lines that are left
+  const Number* at = nullptr;
+  float* out = nullptr;
+  int64_t panel = 0;
+
+  PackAhead() = default;
+  PackAhead(const Matrix& from, int64_t row, int64_t count, int64_t k, int64_t panels, float* to, int64_t stride, int64_t hints)
+      : from(from), row(row), count(count), k(k), panels(panels), stride(stride), to(to),
+        full(from.column == 1 ? std::clamp<int64_t>(from.width / kPack / kPanel - k / kPanel, 0, panels) : 0),
+        portion((count * full + hints - 1) / hints), lines(full ? count : 0) {
+    begin_line();
+  }
+
+  INLINE void begin_line() {
+    at = lines ? from.line(row + count - lines) + k * kPack : nullptr;
+    out = to + (count - lines) * kPanel;
+    panel = 0;
+  }
+
+  INLINE void ask() {
+    for (int64_t i = 0; i < portion && lines > 0; ++i) {
+      store(out, load_full_words(at));
+      store(out + kLanes, load_full_words(at + kPack * kLanes));
+      __builtin_prefetch(at + count * from.row, 0, 3);  // for the block after this one
+      __builtin_prefetch(at + count * from.row + kPack * kLanes, 0, 3);
+      at += kPack * kPanel;
+      out += stride;
+      if (++panel == full) {
+        --lines;
+        begin_line();
+      }
+    }
+  }
+
+  void finish() {
+    const Phase phase(kPacking);
+    while (lines > 0) ask();
+    for (int64_t p = full; p < panels; ++p) pack_rows(from, row, count, k + p * kPanel, to + p * stride);
+  }
+};
 
 // Numbers first..first + kPanel of lines row..row + count, line after line, or pair of lines after pair: a right factor across
 // the lines. Zero beyond the width, and in the place of the last pair's second line where there is none.

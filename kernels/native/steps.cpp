@@ -105,9 +105,14 @@ void shrink(const Call& q, const Sizes& s, const RowBlock& block, const Sums& ow
 }
 
 // Take the largest logits so far from the largest products; earlier sums become relative to them.
-void take_peaks(const Call& q, const Sizes& s, const RowBlock& block, const Sums& own) {
+void take_peaks(const Call& q, const Sizes& s, Columns columns, const float* tile, const RowBlock& block, const Sums& own) {
   const Phase phase(kExponentials);
   for (int64_t j = 0; j < block.padded; j += kLanes) {
+    if (sum_of(load(own.odd + j)) != 0.0f) {  // the largest of them once more, with a NaN as the largest of all
+      Floats top = load(own.peak + j);
+      for (int64_t c = 0; c < columns.count; ++c) top = larger(load(tile + c * block.padded + j), top);
+      store(own.peak + j, top);
+    }
     const Floats top = logit_of(q, load(own.peak + j)), before = load(own.top + j);
     const Floats shift = top == -INFINITY ? Floats{} : top;  // exponentials of a row without any finite logit are 0
     const Floats factor = exp_floor(before - shift);
@@ -131,8 +136,8 @@ void sum_up(const Call& q, const Sizes& s, const RowBlock& block, const float* p
     const Columns columns(q, chunk);
     float* const tile = q.stores ? block.of(stored.tile(q, s, chunk), q, s) : own.tile;
     copy_bias(q, columns, own.bias);
-    make_logits(q, s, columns, packed, block.padded, own, tile, true);
-    take_peaks(q, s, block, own);
+    make_logits(q, s, columns, packed, block.padded, own, tile);
+    take_peaks(q, s, columns, tile, block, own);
     each_target(q, columns, block, [&](int64_t r, int64_t c) {
       const float x = tile[c * block.padded + r], t = q.capped ? tanh_of(x) : 0.0f;
       q.target_logit[q.first + block.first + r] = q.capped ? t * q.outer : x;
@@ -276,7 +281,7 @@ void make_weights(const Call& q, const Sizes& s, const RowState& state, const We
     for (int64_t n = 0; n < s.row_blocks(); ++n) {
       const RowBlock block(q, s, n);
       pack_transposed(hidden_of(q), block.first, block.count, block.padded, s.depth, own.packed);
-      make_logits(q, s, columns, own.packed, block.padded, own, own.tile, n == 0);
+      make_logits(q, s, columns, own.packed, block.padded, own, own.tile);
       gradient(q, columns, own.tile, block, state, q.d_bias);
       if (!q.d_weight) continue;
       if (own.all(s)) own.take(q, s, block.first, block.count, 0);
@@ -310,7 +315,7 @@ void make_again(const Call& q, const Sizes& s, const float* packed, const RowSta
     for (int64_t n = 0; n < s.row_blocks(); ++n) {
       const RowBlock block(q, s, n);
       float* const tile = block.of(own.tile, q, s);
-      make_logits(q, s, columns, packed + block.first * s.depth, block.padded, own, tile, n == 0);
+      make_logits(q, s, columns, packed + block.first * s.depth, block.padded, own, tile);
       gradient(q, columns, tile, block, state, q.d_bias);
       if (!q.d_hidden) continue;
       if (n == 0) pack_right(q, s, columns, own);
