@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tests against every supported torch, each in an environment of its own: `nox`, `nox -s "smoke(2.11)"`, `nox -l`.
 
-`compat/torch-X.txt` says what replaces the pins of constraints.txt for one torch. A Python that is not on the machine is
+`compat/torch-X.txt` says what replaces the pins of constraints.txt for one torch, `compat/triton-X.txt` for one triton. A Python that is not on the machine is
 reported and skipped; torch's wheels for Linux bring CUDA along, about 6 GB to an environment.
 """
 
@@ -14,6 +14,7 @@ import nox
 
 ROOT = Path(__file__).parent
 TORCHES = ("2.11", "2.12", "2.13", "2.15")
+TRITONS = ("3.6", "3.9")  # what torch 2.11 and 2.15 bring
 PYTHON = "3.11"  # what constraints.txt was made for
 # Pythons beside it, with the oldest and the newest torch that have wheels for them. Pins of another Python may not exist.
 PYTHONS = (("3.10", "2.11"), ("3.10", "2.13"), ("3.12", "2.15"), ("3.13", "2.15"))
@@ -43,8 +44,10 @@ def _pins(path: Path) -> dict[str, str]:
     return {_name(line): line for line in lines if line}
 
 
-def _install(session: nox.Session, torch: str, extras: str, *, pinned: bool = True) -> None:
+def _install(session: nox.Session, torch: str, extras: str, *, pinned: bool = True, triton: str = "") -> None:
     pins = _pins(ROOT / "compat" / f"torch-{torch}.txt")
+    if triton:
+        pins |= _pins(ROOT / "compat" / f"triton-{triton}.txt")
     if pinned:
         pins = _pins(ROOT / "constraints.txt") | pins
     merged = Path(session.create_tmp()) / "constraints.txt"
@@ -93,3 +96,11 @@ def sanitized(session: nox.Session) -> None:
         "TORCHINDUCTOR_CACHE_DIR": str(session.create_tmp()),
     }
     session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/kernels"]), env=env)
+
+
+@nox.session(python=PYTHON)
+@nox.parametrize("triton", TRITONS, ids=TRITONS)
+def static(session: nox.Session, triton: str) -> None:
+    """What each triton makes of the GPU's kernels, and the kernels in its interpreter; no GPU is needed."""
+    _install(session, "2.13", "test", triton=triton)
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/triton"]))

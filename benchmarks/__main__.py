@@ -11,7 +11,7 @@ COMMANDS = {
     "scaling": "curves of time and memory against N and against V, with fitted slopes",
     "overhead": "what a call, a compilation and an import cost over inductor's",
     "scale": "the head and its loss on one GPU of a large training run, by arithmetic",
-    "report": "markdown tables and pictures from what peers, scaling and overhead wrote",
+    "report": "markdown tables and pictures from what the other programs wrote",
     "kernel": "the CPU kernel alone beside the bare matrix products",
     "filtered": "the bounded filter on a trained model, on a GPU",
     "step": "a whole training step of a Llama",
@@ -19,6 +19,8 @@ COMMANDS = {
     "quality": "whether training goes as in eager",
     "compile_time": "how long the pass takes, against the size of the graph",
     "gpu": "the loss on a real GPU, beside its peers",
+    "tune": "block shapes of the GPU's kernels by time, for the card at hand",
+    "screen": "block shapes that are worth timing, by what the compiler makes of them",
     "static_gpu": "what the compiler makes of the GPU kernels, without a GPU",
 }
 

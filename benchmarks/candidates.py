@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch import Tensor
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 Call = Callable[[], object]
+_numbers = itertools.count()
 MODES = ("train", "forward", "eval")  # forward and backward; forward of a training step; without gradients
 
 
@@ -84,10 +86,14 @@ def dense(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def compiled(backend: str, **options: object) -> Callable[[], Loss]:
-    """`dense` through torch.compile, from code of its own: torch keeps few compilations of one code object."""
+    """`dense` through torch.compile, from code of its own: torch keeps few compilations of one code object.
+
+    And of its own name, by which torch remembers the sizes that it has seen: another size would be compiled as a symbol.
+    """
 
     def make() -> Loss:
-        own = types.FunctionType(dense.__code__.replace(co_name=f"dense_{backend}"), dense.__globals__)
+        code = dense.__code__.replace(co_name=f"dense_{backend}_{next(_numbers)}")
+        own = types.FunctionType(code, dense.__globals__)
         return torch.compile(own, backend=backend, options=options or None)
 
     return make
@@ -145,23 +151,28 @@ def peers(device: str, filter_eps: float | str | None = None) -> list[Peer]:
     ]
 
 
+SPREADS = {"trained": 2.0, "peaked": 4.0, "random": 0.0}  # by kind of logits: standard deviation of the noise
+
+
 def inputs(
-    n: int, d: int, v: int, dtype: torch.dtype, device: str = "cpu", ignored: float = 0.0
+    n: int, d: int, v: int, dtype: torch.dtype, device: str = "cpu", ignored: float = 0.0, logits: str = "trained"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """hidden (N, D), weight (V, D) and target (N,) as of a trained head, a part of the targets `ignored`.
 
-    Logits are the logarithm of Zipf's law over the classes plus a noise of standard deviation 2. A target's logit is
-    larger by the variance, as it is when targets are drawn from the softmax of such logits.
+    "trained" logits are the logarithm of Zipf's law over the classes plus a noise of standard deviation 2. A target's logit
+    is larger by the variance, as it is when targets are drawn from the softmax of such logits. "peaked" ones have more
+    noise, and a loss of 2 to 3, as of a model that has been trained for long. "random" ones are standard normal, as before any training.
     """
-    spread = 2.0
+    spread = SPREADS[logits]
     generator = torch.Generator(device).manual_seed(0)
     hidden, weight = (torch.randn(rows, d, generator=generator, device=device) for rows in (n, v))
     law = -torch.log(torch.arange(v, device=device) + 10.0)
     target = torch.multinomial(law.exp(), n, replacement=True, generator=generator)
-    weight *= spread * d**-0.5
-    for chunk in torch.arange(n, device=device).split(8192):
-        toward = weight[target[chunk]]
-        hidden[chunk] += spread**2 / toward.norm(dim=1, keepdim=True).square() * toward
-    hidden[:, 0], weight[:, 0] = 1.0, law
+    weight *= (spread or 1.0) * d**-0.5
+    if spread:
+        for chunk in torch.arange(n, device=device).split(8192):
+            toward = weight[target[chunk]]
+            hidden[chunk] += spread**2 / toward.norm(dim=1, keepdim=True).square() * toward
+        hidden[:, 0], weight[:, 0] = 1.0, law
     target[torch.rand(n, generator=generator, device=device) < ignored] = -100
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), target

@@ -20,6 +20,7 @@ from torch.fx import Graph, GraphModule
 from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 
 from cce_fx.passes import Policy, fakes
+from cce_fx.passes.faults import Undo
 from cce_fx.passes.pipeline import apply
 
 N, D, V = 64, 16, 1000
@@ -47,7 +48,7 @@ def seconds(nodes: int, rounds: int) -> float:
     for _ in range(rounds):
         gm = graph(nodes)
         begin = time.perf_counter()
-        report, _ = apply(gm, Policy())
+        report, _ = apply(gm, Policy(), Undo(gm))
         found.append(time.perf_counter() - begin)
         assert len(report.rewritten) == 1
     return statistics.median(found)

@@ -3,13 +3,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+
+from examples.support import cuda_memory
 
 T = TypeVar("T")
 
@@ -30,8 +35,12 @@ def peak_bytes(run: Callable[[], object], device: str = "cpu") -> int:
     return max(itertools.accumulate(changes), default=0)
 
 
-def allocations(run: Callable[[], T]) -> tuple[T, list[int]]:
-    """The result of a run, and every allocation on the CPU during it in bytes, in order; one released is negative."""
+def allocations(run: Callable[[], T], device: str = "cpu") -> tuple[T, list[int]]:
+    """The result of a run, and every allocation on the device during it in bytes, in order; one released is negative."""
+    if device.startswith("cuda"):
+        with cuda_memory.history() as history:
+            result = run()
+        return result, [change.bytes for change in history]
     with torch.profiler.profile(profile_memory=True, acc_events=True) as prof:
         result = run()
     events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -50,6 +59,61 @@ def seconds(run: Callable[[], object], device: str = "cpu") -> float:
     begin = time.perf_counter()
     run()
     return time.perf_counter() - begin
+
+
+def stamps(run: Callable[[Callable[[], None]], object], device: str = "cpu") -> tuple[float, float]:
+    """Seconds of a run until it calls its argument, and from there to its end, without a wait between them."""
+    times: list[Any] = []
+
+    def mark() -> None:
+        if device == "cuda":
+            times.append(torch.cuda.Event(enable_timing=True))
+            times[-1].record()
+        else:
+            times.append(time.perf_counter())
+
+    mark()
+    run(mark)
+    mark()
+    begin, middle, end = times
+    if device == "cuda":
+        torch.cuda.synchronize()
+        return begin.elapsed_time(middle) / 1e3, middle.elapsed_time(end) / 1e3
+    return middle - begin, end - middle
+
+
+class OutOfTime(BaseException):
+    """The time for a whole run is up. No `Exception`, so that nothing takes it for a failure."""
+
+
+class Budget:
+    """The time of a whole run in minutes, from now; None is unlimited."""
+
+    def __init__(self, minutes: float | None) -> None:
+        self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
+
+    def check(self) -> None:
+        """Raises OutOfTime when the time is up."""
+        if time.monotonic() >= self.end:
+            raise OutOfTime
+
+    @contextlib.contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """Ends what takes longer: TimeoutError after `seconds`, OutOfTime when the whole time is up. In the main thread."""
+        self.check()
+        left = self.end - time.monotonic()
+        kind = OutOfTime() if left < seconds else TimeoutError(f"took longer than {seconds:g} s")
+
+        def stop(*args: object) -> None:
+            raise kind
+
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, min(left, seconds))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
 
 def interleaved(

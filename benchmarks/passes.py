@@ -60,11 +60,12 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def ours(problem: Problem, machine: Machine, strategy: str = "auto") -> Pass:
-    """This project's kernels: `strategy` as in `kernels.triton.backward`."""
+def ours(problem: Problem, machine: Machine, strategy: str = "auto", tma: bool = False) -> Pass:
+    """This project's kernels: `strategy` as in `kernels.triton.backward`; `tma` loads through tensor descriptors."""
     n = problem.target.shape[0]
     rows = RowGrads(torch.empty(n, dtype=torch.float32, device="meta"))
-    made = Pass(f"cce_fx, {strategy}")
+    made = Pass("cce_fx, TMA" if tma else "cce_fx" if strategy == "auto" else f"cce_fx, {strategy}")
+    machine = machine.through_tma() if tma else machine
     with record(machine) as launches, _Products(made.products):
         plan = make_plan(make_head(problem), Needs(), strategy, with_stats=True)
         forward_backward(problem, rows, Needs(), strategy=strategy)

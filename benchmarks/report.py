@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown tables and pictures from the JSON files that `peers`, `scaling` and `overhead` wrote.
+"""Markdown tables and pictures from the JSON files that the other programs wrote.
 
 python -m benchmarks report out/*.json --out docs/images > tables.md
 """
@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from benchmarks import overhead, peers, scaling
+from benchmarks import gpu, overhead, peers, scaling, static_gpu, tune
 from benchmarks.pictures import draw_peers, draw_scaling
 from benchmarks.store import Row, describe, read
 from benchmarks.tables import View, bytes_text, ratio
+
+_MORE = "<!-- more -->"
 
 
 def main(arguments: list[str]) -> None:
@@ -37,8 +39,13 @@ def main(arguments: list[str]) -> None:
 
 
 def placed(page: str, name: str, text: str) -> str:
-    """The page with a text between the marks of that name. Raises ValueError where it has none."""
+    """The page with a text between the marks of that name. Raises ValueError where it has none.
+
+    A page with the mark `<!-- more -->` gets a place for a new name before it.
+    """
     begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+    if begin not in page and page.count(_MORE) == 1:
+        page = page.replace(_MORE, f"{begin}\n{end}\n\n{_MORE}")
     if page.count(begin) != 1 or page.count(end) != 1:
         raise ValueError(f"the page has no place {begin} ... {end}")
     before, rest = page.split(begin)
@@ -70,5 +77,12 @@ def summary(rows: list[Row]) -> View:
     return View("cce_fx in one line for each shape", columns, tuple(lines))
 
 
-VIEWS = {"peers": peer_views, "scaling": lambda rows: [scaling.view(rows)], "overhead": overhead.views}
-PICTURES = {"peers": draw_peers, "scaling": draw_scaling}
+VIEWS = {
+    "peers": peer_views,
+    "scaling": lambda rows: [scaling.view(rows)],
+    "overhead": overhead.views,
+    "gpu": gpu.views,
+    "static_gpu": static_gpu.page_views,
+    "tune": tune.views,
+}
+PICTURES = {"peers": draw_peers, "scaling": draw_scaling, "gpu": gpu.draw}

@@ -56,6 +56,10 @@ def _logits(a: dict[str, Any], rows: int, cols: int) -> Work:
     return Work(2.0 * padded * d, memory, blocks * tiles * (a["ROWS"] + a["COLS"]) * d * size)
 
 
+def _packed(a: dict[str, Any]) -> dict[str, Any]:
+    return {**a, "hidden": a["packed"]}
+
+
 def _plus(work: Work, memory: float) -> Work:
     return Work(work.flops, work.memory + memory, work.cache + memory)
 
@@ -136,7 +140,9 @@ def _liger(a: dict[str, Any]) -> Work:
 
 _MODELS: dict[str, Callable[[dict[str, Any]], Work]] = {
     "_sweep": _sweep,
+    "_sweep_tma": lambda a: _sweep(_packed(a)),
     "_write_gradient": _scratch_tiles,
+    "_write_gradient_tma": lambda a: _scratch_tiles(_packed(a)),
     "_hold": _scratch_tiles,
     "_release": _release,
     "_hidden_gradient": lambda a: _fused(a, a["hidden"].shape[0], a["V"]),

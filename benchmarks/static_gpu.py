@@ -11,17 +11,18 @@ instruction that a warp issues in the innermost loops with any, `bare` how many 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.metadata
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.passes import Pass, apple, bfloat16_problem, liger, ours
 from benchmarks.roofline import work_of
+from benchmarks.store import Row, Store, describe
+from benchmarks.tables import View
 from cce_fx.kernels.spec import Epilogue, Problem
 from cce_fx.kernels.triton import aot
 from cce_fx.kernels.triton.device import Launch
@@ -32,7 +33,7 @@ CARDS = ("A100", "H100", "H200", "B200", "MI300X")
 
 
 @dataclass(frozen=True)
-class Row:
+class Kernel:
     """One kernel on one architecture. Flops and bytes are of one launch, per logit (N V of them)."""
 
     arch: str
@@ -62,13 +63,13 @@ def kernels(made: Pass) -> dict[str, tuple[Launch, int]]:
     return found
 
 
-def rows(made: Pass, machine: Machine, logits: float) -> list[Row]:
+def rows(made: Pass, machine: Machine, logits: float) -> list[Kernel]:
     out = []
     for name, (launch, count) in kernels(made).items():
         r, work = aot.compile_for(launch, machine), work_of(launch)
         tensor = ", ".join(f"{n} {kind}" for kind, n in r.tensor_core.items())
         out.append(
-            Row(machine.arch, made.name, name, count, r.registers, r.spills, r.shared, r.programs, tensor, r.density,
+            Kernel(machine.arch, made.name, name, count, r.registers, r.spills, r.shared, r.programs, tensor, r.density,
                 r.loops, r.bare, work.flops / logits, work.memory / logits, work.cache / logits)
         )  # fmt: skip
     return out
@@ -77,23 +78,23 @@ def rows(made: Pass, machine: Machine, logits: float) -> list[Row]:
 def implementations(problem: Problem, machine: Machine) -> list[Pass]:
     """This project's default, its pass without scratch memory, and the peers that are installed."""
     found = [ours(problem, machine), ours(problem, machine, "recompute"), apple(problem), liger(problem)]
+    if machine.through_tma() is not machine:
+        found.insert(1, ours(problem, machine, tma=True))
     return [x for x in found if x is not None]
 
 
-def show(console: Console, table: list[Row]) -> None:
-    for arch in dict.fromkeys(row.arch for row in table):
-        view = Table(title=arch, title_justify="left")
-        names = "implementation kernel launches registers spills shared programs tensor density loops bare"
-        for name in (*names.split(), "flop/logit", "memory B/logit", "cache B/logit"):
-            view.add_column(name, justify="left" if name in ("implementation", "kernel", "tensor") else "right")
-        for r in (r for r in table if r.arch == arch):
-            values = [r.implementation, r.kernel, r.launches, r.registers, r.spills, r.shared, r.programs, r.tensor]
-            values += [f"{r.density:.0f}", r.loops, r.bare, f"{r.flops:.0f}", f"{r.memory:.2f}", f"{r.cache:.1f}"]
-            view.add_row(*map(str, values))
-        console.print(view)
+def kernel_view(table: list[Row], shape: str) -> View:
+    """Every kernel of the rows, which are of one shape."""
+    names = ("kernel", "launches", "registers", "spills", "shared", "programs", "tensor", "loops", "bare")
+    lines = []
+    for r in table:
+        values = [f"{r['arch']}, {r['implementation']}", *(str(r[name]) for name in names), f"{r['density']:.0f}"]
+        lines.append((*values, *(f"{r[name]:.3g}" for name in ("flops", "memory", "cache"))))
+    columns = ("", *names, "density", "flop/logit", "memory B/logit", "cache B/logit")
+    return View(f"Kernels at N,D,V = {shape}, bfloat16", columns, tuple(lines))
 
 
-def roofline(problem: Problem) -> list[dict[str, object]]:
+def roofline(problem: Problem) -> list[Row]:
     """Seconds, products of 2 N D V flops and scratch bytes of a whole pass, on each card."""
     (n, d), v = problem.hidden.shape, problem.weight.shape[0]
     out = []
@@ -114,16 +115,29 @@ def roofline(problem: Problem) -> list[dict[str, object]]:
     return out
 
 
-def show_roofline(console: Console, found: list[dict[str, object]], shape: str) -> None:
-    view = Table(title=f"Forward and backward by the roofline, N,D,V = {shape}, bfloat16", title_justify="left")
-    for name in ("card", "implementation", "time", "products", "memory traffic", "scratch"):
-        view.add_column(name, justify="left" if name in ("card", "implementation") else "right")
-    for r in found:
-        view.add_row(
-            str(r["card"]), str(r["implementation"]), f"{r['seconds'] * 1e3:.1f} ms", f"{r['products']:.2f}",
+def roofline_view(found: list[Row], shape: str) -> View:
+    lines = tuple(
+        (
+            f"{r['card']}, {r['implementation']}", f"{r['seconds'] * 1e3:.1f} ms", f"{r['products']:.2f}",
             f"{r['memory'] / 1e9:.1f} GB", f"{r['scratch'] / 2**20:.0f} MiB",
-        )  # fmt: skip
-    console.print(view)
+        )
+        for r in found
+    )  # fmt: skip
+    columns = ("", "time", "products", "memory traffic", "scratch")
+    return View(f"Forward and backward by the roofline, N,D,V = {shape}, bfloat16", columns, lines)
+
+
+def page_views(rows: list[Row]) -> list[View]:
+    """For a page: the kernels that multiply, with what tells most of them, and the roofline."""
+    lines = []
+    for r in (r for r in rows if r["table"] == "kernels" and r["tensor"]):
+        shared, bare = f"{r['shared'] // 1024}", f"{r['bare']} of {r['loops']}"
+        values = (r["registers"], r["spills"], shared, r["tensor"], f"{r['density']:.0f}", bare)
+        lines.append((f"{r['arch']}, {r['implementation']}", f"`{r['kernel']}`", *map(str, values)))
+    shape = rows[0]["shape"]
+    names = ("kernel", "registers", "spilled bytes", "shared KiB", "tensor-core instructions", "density", "bare loops")
+    view = View(f"N,D,V = {shape}, bfloat16", ("", *names), tuple(lines))
+    return [view, roofline_view([r for r in rows if r["table"] == "roofline"], shape)]
 
 
 def main(arguments: list[str]) -> None:
@@ -139,7 +153,9 @@ def main(arguments: list[str]) -> None:
     warnings.filterwarnings("ignore", message=".*FP_FUSION.*")
     n, d, v = (int(x) for x in args.shape.split(","))
     problem = bfloat16_problem(n, d, v, epilogue=Epilogue(softcap=args.softcap))
-    console = Console(width=200)
+    about = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    store, console = Store("static_gpu", args.json, about=about), Console(width=200)
+    console.print(describe(about))
     if apple(problem) is None or liger(problem) is None:
         console.print("cut-cross-entropy or liger-kernel is not installed: pip install -e '.[benchmarks]'")
     table = []
@@ -147,9 +163,9 @@ def main(arguments: list[str]) -> None:
         machine = BY_ARCH[arch]
         with console.status(f"compiling for {arch}"):
             for made in implementations(problem, machine):
-                table += rows(made, machine, float(n) * v)
-    show(console, table)
+                table += [asdict(r) for r in rows(made, machine, float(n) * v)]
+        console.print(kernel_view([r for r in table if r["arch"] == arch], args.shape).rich())
     times = roofline(problem)
-    show_roofline(console, times, args.shape)
-    if args.json:
-        args.json.write_text(json.dumps({"kernels": [asdict(r) for r in table], "roofline": times}, indent=1) + "\n")
+    console.print(roofline_view(times, args.shape).rich())
+    kinds = {"kernels": table, "roofline": times}
+    store.replace([{"table": name, "shape": args.shape, **r} for name, found in kinds.items() for r in found])

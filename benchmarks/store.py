@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -43,6 +45,7 @@ class Store:
         """Put rows in the place of those with these values, and write the file."""
         self.rows = [row for row in self.rows if any(row.get(k) != v for k, v in key.items())] + rows
         if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             part = self.path.with_name(self.path.name + ".part")
             part.write_text(json.dumps({"kind": self.kind, "machine": self.about, "rows": self.rows}, indent=1) + "\n")
             part.replace(self.path)
@@ -68,6 +71,27 @@ def machine() -> dict[str, Any]:
     }
 
 
+def gpu_machine(device: str = "cuda") -> dict[str, Any]:
+    """The same of a GPU; `machine()` for the CPU."""
+    if device == "cpu":
+        return machine()
+    properties, backend = torch.cuda.get_device_properties(), "rocm" if torch.version.hip else "cuda"
+    return {
+        "gpu": properties.name,
+        "arch": getattr(properties, "gcnArchName", "") or f"sm_{properties.major}{properties.minor}",
+        "processors": properties.multi_processor_count,
+        "memory": properties.total_memory,
+        "torch": torch.__version__,
+        "triton": importlib.metadata.version("triton"),
+        backend: torch.version.hip or torch.version.cuda,
+    }
+
+
+def slug(about: dict[str, Any]) -> str:
+    """The machine's name for a file."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", about.get("gpu") or about["cpu"]).strip("_")
+
+
 def _lscpu() -> dict[str, str]:
     try:
         text = subprocess.run(["lscpu"], capture_output=True, text=True, check=True).stdout
@@ -78,7 +102,13 @@ def _lscpu() -> dict[str, str]:
 
 
 def describe(about: dict[str, Any]) -> str:
-    """The machine in one line."""
+    """The machine in one line, or versions alone where nothing was run."""
+    if "triton" in about and "gpu" not in about:
+        return f"torch {about['torch']}, triton {about['triton']}"
+    if "gpu" in about:
+        toolkit = ", ".join(f"{name} {about[name]}" for name in ("cuda", "rocm", "triton") if name in about)
+        memory = about["memory"] / 2**30
+        return f"{about['gpu']} ({about['arch']}, {memory:.0f} GiB), torch {about['torch']}, {toolkit}"
     amx = ", AMX" if about["amx"] else ""
     return (
         f"{about['cores']} cores of {about['cpu']} ({about['vectors']}{amx}; L2 {about['l2']}, L3 {about['l3']}), "

@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # the ones that annotations use
     from torch._ops import OpOverloadPacket as OpOverloadPacket
     from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
     from torch._subclasses.fake_tensor import FakeTensorMode as FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv as ShapeEnv
     from torch.fx.proxy import GraphAppendingTracer as GraphAppendingTracer
 
 OLDEST = "2.11"  # the oldest torch that is supported and tested
@@ -40,6 +41,7 @@ NAMES: dict[str, Private] = {
     ),
     "lookup_backend": Private("torch._dynamo.backends.registry:lookup_backend", "`inner` may be any backend's name"),
     "BackendCompilerFailed": Private("torch._dynamo.exc:BackendCompilerFailed", "wraps an error of inductor's"),
+    "RestartAnalysis": Private("torch._dynamo.exc:RestartAnalysis", "Dynamo's way to begin anew, no failure"),
     "InvalidCxxCompiler": Private("torch._inductor.exc:InvalidCxxCompiler", "told apart to say how to get a compiler"),
     "compiler_config": Private("torch.compiler:config", "`cache_key_tag`: what caches on disk add to their keys"),
     "inductor_config": Private("torch._inductor:config", "which options are inductor's, for unknown ones"),
@@ -50,6 +52,10 @@ NAMES: dict[str, Private] = {
     "FakeTensor": Private("torch._subclasses.fake_tensor:FakeTensor", "example values in Dynamo's graphs"),
     "FakeTensorMode": Private("torch._subclasses.fake_tensor:FakeTensorMode", "computes example values without data"),
     "detect_fake_mode": Private("torch._guards:detect_fake_mode", "the mode that a graph's inputs were made in"),
+    "ShapeEnv": Private(
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv",
+        "what is known of sizes that are symbols; nothing may be added",
+    ),
     "statically_known_true": Private(
         "torch.fx.experimental.symbolic_shapes:statically_known_true", "compares sizes without adding a guard"
     ),
@@ -103,6 +109,14 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
     ("torch:Tensor", "_make_wrapper_subclass"): "a tensor without memory of its own",
     ("torch.distributed.fsdp:FSDPState", "_fsdp_param_group"): "the parameters that FSDP2 gathers together",
     ("torch.distributed.fsdp:FSDPParamGroup", "_reshard_after_forward"): "whether they are let go after the forward",
+    (
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv",
+        "_check_frozen",
+    ): "asked before a guard is added: a graph's guards are made",
+    (
+        "torch.fx.experimental.symbolic_shapes:ShapeEnv",
+        "_suppress_guards_tls",
+    ): "whether torch itself is only asking, and would add none",
     ("torch:UntypedStorage", "_cdata"): "whether two fake tensors share memory",
     ("torch.nn:Module", "_forward_hooks"): "a module with hooks is not written out",
     ("torch.nn:Module", "_forward_pre_hooks"): "the same",

@@ -7,7 +7,7 @@ torch finds this function through the entry-point group `torch_dynamo_backends`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch.fx import GraphModule
@@ -17,17 +17,21 @@ from ._torch import (
     BackendCompilerFailed,
     InductorWrapper,
     InvalidCxxCompiler,
+    RestartAnalysis,
     compiler_config,
     lookup_backend,
 )
 from .distributed import op as op  # a graph from torch's caches may hold its operators
 from .distributed.agree import agree_on_losses
+from .first_call import watched
 from .functional import prepare
 from .options import Options, split
 from .outputs import CutOutputs, cut_outputs, restore
-from .passes import Report, fakes
+from .passes import Candidate, Report, fakes
+from .passes.faults import Fault, Undo, failed, stage
 from .passes.pipeline import apply, source_digest
-from .passes.values import value_of
+from .passes.trace import written_inputs
+from .passes.values import output_of, value_of
 
 Compiled = Callable[..., Any]
 
@@ -36,6 +40,8 @@ def cce(
     gm: GraphModule, example_inputs: Sequence[Any], *, mode: str | None = None, options: dict[str, Any] | None = None
 ) -> Compiled:
     """Compile a Dynamo graph with its language-model losses cut.
+
+    Where cce_fx itself fails, the graph is compiled as it was, and a warning says so.
 
     Args:
         gm: the captured graph, rewritten in place.
@@ -46,39 +52,76 @@ def cce(
     Raises:
         ValueError, TypeError: an option that is unknown or wrong.
         RuntimeError: with `strict`, when a graph has losses and none could be rewritten.
-        Exception: what the inner backend raises, unchanged.
+        Exception: what the inner backend raises for the graph as it was, unchanged.
     """
     ours, rest = split(options)
+    inner = _inner(ours, mode, rest)
     tune = (mode or "").startswith("max-autotune") or bool(rest.get("max_autotune"))
     before = observe.text_of(gm)
-    report, cut = cut_graph(gm, example_inputs, ours, tune=tune, agree=True)
-    observe.record(gm, report, before)
-    if ours.strict and report.declined and not report.rewritten:
-        raise RuntimeError(f"strict: no loss of this graph was rewritten.\n{report}")
-    compiled = _inner(ours, mode, rest)(gm, example_inputs)
+    cut = cut_graph(gm, example_inputs, ours, tune=tune)
+    agree_on_losses(cut.candidates, {r.loss for r in cut.report.rewritten}, ours.policy)
+    after = observe.text_of(gm)
+    report, anchors = cut.report, [c.anchor for c in cut.candidates] or [output_of(gm.graph)]
+    _check_strict(ours, report)
+    if not cut.undo.changed:
+        compiled = _compile(inner, gm, example_inputs)
+    else:
+        written = written_inputs(gm.graph)
+        try:
+            with stage("compiling the rewritten graph", *anchors):
+                made = restore(_compile(inner, gm, example_inputs), cut.outputs)
+            compiled = watched(made, gm, cut.undo, written, anchors, inner)
+        except Fault as fault:
+            if isinstance(fault.__cause__, (RestartAnalysis, NoCompilerError)):
+                raise fault.original() from None
+            cut.undo.restore()
+            compiled = _compile(inner, gm, example_inputs)  # what this raises is not ours
+            report = failed(fault)
+            _check_strict(ours, report)
+    observe.record(report, before, after)
+    return compiled
+
+
+def _compile(inner: Compiled, gm: GraphModule, example_inputs: Sequence[Any]) -> Compiled:
+    compiled = inner(gm, example_inputs)
     if not callable(compiled):
-        raise TypeError(f"the inner backend {ours.inner!r} returned {type(compiled).__name__}, not a callable")
-    return restore(compiled, cut)
+        raise TypeError(f"the inner backend {inner!r} returned {type(compiled).__name__}, not a callable")
+    return compiled
 
 
-def cut_graph(
-    gm: GraphModule, example_inputs: Sequence[Any], options: Options, *, tune: bool = False, agree: bool = False
-) -> tuple[Report, CutOutputs]:
-    """Rewrite a Dynamo graph's losses and take out the logits that it returns, in place; what was done, and what to put back.
+def _check_strict(options: Options, report: Report) -> None:
+    if options.strict and report.declined and not report.rewritten:
+        raise RuntimeError(f"strict: no loss of this graph was rewritten.\n{report}")
 
-    With `agree`, processes that share a loss find out whether all of them are about to compute it alike.
-    """
-    fakes.ensure(gm, example_inputs)
-    report, found = apply(gm, replace(options.policy, tune=tune))
+
+@dataclass(frozen=True)
+class CutGraph:
+    """A graph whose losses were rewritten in place."""
+
+    report: Report
+    outputs: CutOutputs  # what to put back after each call
+    candidates: tuple[Candidate, ...]  # every loss that was found
+    undo: Undo
+
+
+def cut_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options, *, tune: bool = False) -> CutGraph:
+    """Rewrite a Dynamo graph's losses and take out the logits that it returns, in place."""
+    undo = Undo(gm)
+    try:
+        with fakes.unguarded(gm), stage("reading the graph", output_of(gm.graph)):
+            fakes.ensure(gm, example_inputs)
+            report, found = apply(gm, replace(options.policy, tune=tune), undo)
+            outputs = CutOutputs()
+            if options.logits == "lazy":
+                with stage("making logits lazy", *(c.anchor for c in found.candidates)):
+                    outputs = cut_outputs(gm, found, {r.linear for r in report.rewritten}, options, undo)
+                report.note_lazy({output.linear for output in outputs.lazy})
+    except Fault as fault:
+        undo.restore()
+        return CutGraph(failed(fault), CutOutputs(), (), undo)
     for candidate in found.candidates:
         prepare(candidate.view.dtype, value_of(candidate.view.hidden.node).device)
-    if agree:
-        agree_on_losses(found.candidates, {r.loss for r in report.rewritten}, options.policy)
-    cut = CutOutputs()
-    if options.logits == "lazy":
-        cut = cut_outputs(gm, found, {r.linear for r in report.rewritten}, options.policy)
-        report.note_lazy({output.linear for output in cut.lazy})
-    return report, cut
+    return CutGraph(report, outputs, tuple(found.candidates), undo)
 
 
 def _inner(options: Options, mode: str | None, rest: dict[str, Any]) -> Compiled:
@@ -92,6 +135,10 @@ def _inner(options: Options, mode: str | None, rest: dict[str, Any]) -> Compiled
     return lambda gm, inputs: inner(gm, inputs, **kwargs)
 
 
+class NoCompilerError(RuntimeError):
+    """inductor found no C++ compiler: nothing that another graph would change."""
+
+
 def _inductor(mode: str | None, rest: dict[str, Any]) -> Compiled:
     """Inductor with `mode=` and `options=` meaning what they mean for `backend="inductor"`."""
     wrapper = InductorWrapper(mode, rest, None)
@@ -101,10 +148,10 @@ def _inductor(mode: str | None, rest: dict[str, Any]) -> Compiled:
             with compiler_config.patch(cache_key_tag=_cache_tag()):
                 return wrapper(gm, inputs)
         except InvalidCxxCompiler as error:
-            raise RuntimeError(_NO_COMPILER) from error
+            raise NoCompilerError(_NO_COMPILER) from error
         except BackendCompilerFailed as error:
             if isinstance(error.inner_exception, InvalidCxxCompiler):
-                raise RuntimeError(_NO_COMPILER) from error
+                raise NoCompilerError(_NO_COMPILER) from error
             raise
 
     return compile_with_inductor

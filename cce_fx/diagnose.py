@@ -34,9 +34,9 @@ def explain(model: Callable[..., Any], *args: Any, options: Options | None = Non
     total = Report(graphs=0)
 
     def look(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        report, cut = cut_graph(gm, example_inputs, options)
-        total.extend(report)
-        return restore(gm.forward, cut)
+        cut = cut_graph(gm, example_inputs, options)
+        total.extend(cut.report)
+        return restore(gm.forward, cut.outputs)
 
     torch.compiler.reset()
     try:

@@ -17,7 +17,7 @@ def text_of(gm: GraphModule) -> str:
     return gm.print_readable(print_output=False) if trace_log.handlers else ""
 
 
-def record(gm: GraphModule, report: Report, before: str) -> None:
+def record(report: Report, before: str, after: str) -> None:
     """Count rewrites and declines, and leave the graph before and after and the report as artifacts for tlparse."""
     announce(report)
     counters["cce_fx"]["rewritten"] += len(report.rewritten)
@@ -28,7 +28,7 @@ def record(gm: GraphModule, report: Report, before: str) -> None:
     for name, payload in (
         ("cce_fx_report", lambda: str(report)),
         ("cce_fx_graph_before", lambda: before),
-        ("cce_fx_graph_after", lambda: text_of(gm)),
+        ("cce_fx_graph_after", lambda: after),
     ):
         _leave(name, payload)
 

@@ -13,6 +13,7 @@ from .passes.decide import Policy
 
 _CHOICES = {
     "logits": ("lazy", "keep"),
+    "after_step": ("as_before", "error"),
     "strategy": ("auto", "grads_in_forward", "recompute"),
 }
 
@@ -24,6 +25,8 @@ class Options:
     Attributes:
         logits: "lazy" hands out `LazyLogits` for logits that the program returns and that nothing else in the graph
             reads; "keep" computes them as before.
+        after_step: what lazy logits that are read after an optimizer's step give: "as_before", their values from before it, for
+            which a copy of the head's weights is taken at the step while unread logits are alive; or "error".
         filter_eps: None is exact; otherwise the largest part of a row's softmax that the gradients may replace by an
             estimate, in [0, 1), or "auto"; see `cce_fx.linear_cross_entropy`.
         strategy: "grads_in_forward", "recompute", or "auto".
@@ -38,6 +41,7 @@ class Options:
     """
 
     logits: Literal["lazy", "keep"] = "lazy"
+    after_step: Literal["as_before", "error"] = "as_before"
     filter_eps: float | Literal["auto"] | None = None
     strategy: Literal["auto", "grads_in_forward", "recompute"] = "auto"
     workspace: int | None = None

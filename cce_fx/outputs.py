@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .gathered import is_let_go_early
 from .lazy import HeadChain, LazyLogits
+from .lazy.gathered import is_let_go_early
+from .options import Options
+from .passes.autocast import autocast_at
 from .passes.canonical import canonical
 from .passes.decide import Policy, illegal_head
+from .passes.fakes import WouldGuard
+from .passes.faults import Undo
+from .passes.registry import BEGINNERS
 from .passes.rewriter import erase_unused
 from .passes.sharded import sharded_nodes
-from .passes.trace import Trace
-from .passes.values import Form, LogitsView, value_of
+from .passes.trace import Trace, storage_of
+from .passes.values import Form, LogitsView, output_of, value_of
 
 
 @dataclass(frozen=True)
@@ -33,13 +38,24 @@ class Source:
 
 
 @dataclass(frozen=True)
-class LazyOutput:
-    """One returned tensor to be replaced."""
+class ViewOutput:
+    """A returned tensor that is a view of lazy logits."""
 
     index: int  # among the graph's outputs
+    run: GraphModule  # (logits, *inputs) -> the view
+    sources: tuple[Source, ...]  # of the inputs
+
+
+@dataclass(frozen=True)
+class LazyOutput:
+    """One returned tensor to be replaced, with the returned views of its memory."""
+
+    places: tuple[int, ...]  # among the graph's outputs; none where only views are returned
     linear: str  # node name
     chain: GraphModule  # (hidden, *inputs) -> logits
     sources: tuple[Source, ...]  # of hidden, then of the inputs
+    views: tuple[ViewOutput, ...]
+    autocast: torch.dtype | None  # autocast's dtype where the graph multiplies
     rowwise: bool  # each row of hidden gives its row of logits
     classes: int
     dtype: torch.dtype
@@ -57,6 +73,7 @@ class CutOutputs:
 
     lazy: tuple[LazyOutput, ...] = ()
     results: int = 0
+    outlive_steps: bool = True  # whether the lazy logits are what they were after an optimizer's step
 
 
 # A head whose logits leave the graph with no loss in it is worth a LazyLogits from this many classes on: below, a tensor
@@ -64,7 +81,7 @@ class CutOutputs:
 LARGE_VOCAB = 1000
 
 
-def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Policy) -> CutOutputs:
+def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], options: Options, undo: Undo) -> CutOutputs:
     """Take the head chains that only the output reads out of the graph, in place.
 
     Args:
@@ -72,9 +89,10 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
         found: what `trace` said of it.
         rewritten: the names of the linear nodes whose loss was rewritten: their logits are lazy always. Others are where
             the program will differentiate them, so a loss outside the graph can be cut too, and the head is large.
-        policy: `min_vocab` replaces the rule for what is large.
+        options: `min_vocab` replaces the rule for what is large.
+        undo: is told before the first change.
     """
-    output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    output, policy = output_of(gm.graph), options.policy
     results = list(output.args[0]) if isinstance(output.args[0], (tuple, list)) else None
     if results is None:
         return CutOutputs()
@@ -85,17 +103,29 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
     ]
     if not wanted:
         return CutOutputs()
+    undo.remember()
     inputs = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    made = []
-    total = len(results)
-    for index, node in wanted:
-        view = found.views[node]
-        chain, outer = _chain(node, view)
+    made, total = [], len(results)
+    for base, members in _families(wanted, found):
+        chain, outer = _between(found.views[base].hidden.node, base, found.views[base].path)
         chain.meta["cce_fx_policy"] = policy  # for a loss outside the graph
-        sources = _sources(index, (view.hidden.node, *outer), inputs, results)
-        if results[index] is node:
+        for index, _ in members:
             results[index] = None
-        made.append(LazyOutput(index, view.linear.name, chain, sources, *_layout(node, view)))
+        first, hidden = members[0][0], found.views[base].hidden.node
+        if hidden not in inputs and hidden not in results:
+            results[first] = hidden  # in the logits' own place
+        sources = _sources((hidden, *outer), inputs, results)
+        views = []
+        for index, node in members:
+            if node is not base:
+                run, outer = _between(base, node, found.views[node].path)
+                views.append(ViewOutput(index, run, _sources(tuple(outer), inputs, results)))
+        places = tuple(index for index, node in members if node is base)
+        linear = found.views[base].linear.name
+        autocast = autocast_at(found.views[base].linear)
+        made.append(
+            LazyOutput(places, linear, chain, sources, tuple(views), autocast, *_layout(base, found.views[base]))
+        )
     output.args = (tuple(results),)
     if "example_value" in output.meta:
         output.meta["example_value"] = tuple(value_of(r) for r in results)
@@ -103,22 +133,35 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], policy: Poli
         erase_unused(gm.graph, list(reversed(found.views[node].path)))
     gm.graph.lint()
     gm.recompile()
-    return CutOutputs(tuple(made), total)
+    return CutOutputs(tuple(made), total, options.after_step == "as_before")
 
 
-def _sources(index: int, wanted: tuple[Node, ...], inputs: list[Node], results: list[Any]) -> tuple[Source, ...]:
-    """Where hidden, the first of `wanted`, and the other inputs of a chain are found; put into `results` where nowhere."""
+def _families(wanted: list[tuple[int, Node]], found: Trace) -> list[tuple[Node, list[tuple[int, Node]]]]:
+    """The returned nodes that share memory, with the first node on their way that does: what is written to one shows in all.
+
+    A node that shares it with no other is its own.
+    """
+    families: dict[Any, list[tuple[int, Node]]] = {}
+    for index, node in wanted:
+        families.setdefault(storage_of(node) or node, []).append((index, node))
+    bases = []
+    for memory, members in families.items():
+        nodes = {node for _, node in members}
+        path = found.views[members[0][1]].path
+        alone = len(nodes) == 1
+        bases.append((members[0][1] if alone else next(n for n in path if storage_of(n) == memory), members))
+    return bases
+
+
+def _sources(wanted: tuple[Node, ...], inputs: list[Node], results: list[Any]) -> tuple[Source, ...]:
+    """Where each of `wanted` is found; put at the end of `results` where nowhere."""
     sources = []
-    for at, node in enumerate(wanted):
+    for node in wanted:
         if node in inputs:
             sources.append(Source("input", inputs.index(node)))
             continue
         if node not in results:
-            # hidden takes the logits' own place; anything else goes to the end.
-            if at == 0:
-                results[index] = node
-            else:
-                results.append(node)
+            results.append(node)
         sources.append(Source("output", results.index(node)))
     return tuple(sources)
 
@@ -135,37 +178,49 @@ def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], po
     if view is None or view.form is not Form.LOGITS or sharded_nodes(view):
         return False  # a program asks DTensors for more than their values
     if view.linear.name not in rewritten:
-        least = max(LARGE_VOCAB, view.hidden_size + 1) if policy.min_vocab is None else policy.min_vocab
-        if view.classes < least or not value_of(node).requires_grad or illegal_head(view) is not None:
+        if not _is_large(view, policy) or not value_of(node).requires_grad or illegal_head(view) is not None:
             return False
+    if len({autocast_at(n) for n in view.path if canonical(n) in _MULTIPLY}) > 1:
+        return False
     return all(_only_output(n, output, found) for n in view.path)
+
+
+# What autocast casts the operands of, in what a head's logits are made by.
+_MULTIPLY = {*(name for name in BEGINNERS if isinstance(name, str)), "cat"} - {"getitem"}
+
+
+def _is_large(view: LogitsView, policy: Policy) -> bool:
+    least = max(LARGE_VOCAB, view.hidden_size + 1) if policy.min_vocab is None else policy.min_vocab
+    try:
+        return bool(view.classes >= least)
+    except WouldGuard:  # a number of classes that is a symbol
+        return False
 
 
 def _only_output(node: Node, output: Node, found: Trace) -> bool:
     return all(u is output or (u in found.views and _only_output(u, output, found)) for u in node.users)
 
 
-def _chain(node: Node, view: LogitsView) -> tuple[GraphModule, list[Node]]:
-    """The graph from hidden to `node`, and the nodes outside that it takes beside hidden.
+def _between(start: Node, end: Node, path: tuple[Node, ...]) -> tuple[GraphModule, list[Node]]:
+    """The graph from `start` to `end`, and the nodes outside that it takes beside `start`.
 
-    A weight that the graph itself computes from parameters (a cast, a scale) is computed again inside the chain, so
-    that no second weight is kept alive for it.
+    A weight that the graph itself computes from parameters (a cast, a scale) is computed again inside it, so that no second
+    weight is kept alive for it.
     """
     graph = Graph()
-    hidden = view.hidden.node
-    copies: dict[Node, Node] = {hidden: graph.placeholder("hidden")}
+    copies: dict[Node, Node] = {start: graph.placeholder("start")}
     outer: list[Node] = []
 
     def copy(n: Node) -> Node:
         if n not in copies:
-            if n in view.path or _is_cheap(n):
+            if n in path or _is_cheap(n):
                 copies[n] = graph.node_copy(n, copy)
             else:
                 outer.append(n)
                 copies[n] = graph.placeholder(f"arg{len(outer)}")
         return copies[n]
 
-    graph.output(copy(node))
+    graph.output(copy(end))
     # Placeholders stand first in a graph.
     first = next(n for n in graph.nodes if n.op != "placeholder")
     for placeholder in [n for n in graph.nodes if n.op == "placeholder"]:
@@ -196,13 +251,21 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
     def call(*args: Any) -> Any:
         found = compiled(*args)
         results = list(found[: cut.results])
+
+        def given(sources: tuple[Source, ...]) -> list[Any]:
+            return [(args if s.kind == "input" else found)[s.index] for s in sources]
+
         for output in cut.lazy:
-            hidden, *inputs = [(args if s.kind == "input" else found)[s.index] for s in output.sources]
-            chain = HeadChain(hidden, tuple(inputs), output.chain)
-            made = LazyLogits.make(chain, output.like(hidden))
+            hidden, *inputs = given(output.sources)
+            chain = HeadChain(hidden, tuple(inputs), output.chain, output.autocast, cut.outlive_steps)
+            logits = LazyLogits.make(chain, output.like(hidden))
             # Weights that will be gone when somebody reads: the logits are computed while they are there.
-            early = any(is_let_go_early(t) for t in chain.tensors)
-            results[output.index] = made.materialize() if early else made
+            if any(is_let_go_early(t) for t in chain.tensors):
+                logits.materialize()
+            for index in output.places:
+                results[index] = logits
+            for view in output.views:
+                results[view.index] = view.run(logits, *given(view.sources))
         return results
 
     return call

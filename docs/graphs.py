@@ -104,8 +104,8 @@ def picture(path: Path) -> None:
         def look(gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
             draw(before, gm.graph, "before: what Dynamo hands to a backend")
             forward = torch.fx.GraphModule(gm, gm.graph).forward
-            report, cut = cut_graph(gm, inputs, Options())
-            assert len(report.rewritten) == len(cut.lazy) == 1, report
+            cut = cut_graph(gm, inputs, Options())
+            assert len(cut.report.rewritten) == len(cut.outputs.lazy) == 1, cut.report
             draw(
                 after,
                 gm.graph,

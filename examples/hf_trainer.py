@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a small Llama with the unmodified Hugging Face Trainer, with its loss and logits handled by cce.
 
-    python examples/hf_trainer.py                      under two minutes on two cores
+    python examples/hf_trainer.py                      under two minutes on two cores; larger, and in bfloat16, on a GPU
     python examples/hf_trainer.py --backend inductor   the same with torch's own compiler, or --backend eager
 
 There are three ways to hand a compiler to Trainer; as of transformers 5.23 and accelerate 1.15:
@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 import torch
-from support import corpus
+from support import corpus, devices
 from support.files import default_cache, write_whole
 from transformers import (
     EvalPrediction,
@@ -38,6 +38,10 @@ from transformers import (
 )
 
 HELD_OUT_EVERY = 20
+SIZES = {
+    "cpu": {"vocab": 32000, "width": 128, "layers": 2, "batch": 8, "length": 128, "rate": 2e-3},
+    "cuda": {"vocab": 50304, "width": 768, "layers": 12, "batch": 16, "length": 1024, "rate": 6e-4},
+}
 
 
 class Windows(torch.utils.data.Dataset):
@@ -96,7 +100,9 @@ def build_trainer(model: LlamaForCausalLM, tokens: torch.Tensor, arguments: argp
         max_steps=arguments.steps,
         per_device_train_batch_size=arguments.batch,
         per_device_eval_batch_size=arguments.batch,
-        learning_rate=2e-3,
+        learning_rate=arguments.rate,
+        use_cpu=arguments.device == "cpu",
+        bf16=arguments.dtype == "bfloat16",
         warmup_steps=max(1, arguments.steps // 10),
         logging_steps=max(1, arguments.steps // 10),
         eval_strategy="steps",
@@ -127,15 +133,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--backend", default="cce", help="eager, or any backend of torch.compile")
     add("--steps", type=int, default=60, help="training steps; evaluated half-way and at the end")
-    add("--vocab", type=int, default=32000, help="size of the vocabulary")
-    add("--width", type=int, default=128, help="width of the model")
-    add("--layers", type=int, default=2, help="number of layers")
-    add("--batch", type=int, default=8, help="sequences in a batch")
-    add("--length", type=int, default=128, help="tokens in a sequence")
+    devices.add_arguments(parser, SIZES)
     add("--eval-batches", type=int, default=4, help="batches of held-out text in an evaluation")
     add("--out", type=Path, default=Path("out"), help="folder for the model and the figures")
     add("--cache", type=Path, default=default_cache(), help="folder for the tokenizer and the tokens")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    devices.settle(arguments, SIZES)
+    return arguments
 
 
 def main(argv: list[str] | None = None) -> int:

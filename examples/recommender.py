@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sequential recommender with half a million items and a full softmax over all of them, eager against cce.
+"""A sequential recommender with a full softmax over all its items, eager against cce.
 
-    python examples/recommender.py                       500,000 items, about a minute on two cores
+    python examples/recommender.py                       500,000 items, about a minute on two cores; 1,000,000 on a GPU
     python examples/recommender.py --items 2000000       more items (eager takes about 4 KiB of memory for each)
 
 With that many classes the logits dwarf the model, which is why recommenders usually sample a few hundred negatives and
@@ -19,13 +19,17 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from support import memory, report, runs
+from support import devices, memory, report, runs
 from support.files import write_whole
 from torch import nn
 
 SEED = 7
 PADDING = 0  # item 0 fills up short histories; it is never a target
 GENRES = 1000
+SIZES = {
+    "cpu": {"items": 500_000, "width": 64, "users": 8, "length": 32},
+    "cuda": {"items": 1_000_000, "width": 128, "users": 32, "length": 32},
+}
 STAY = 0.9  # how likely the next choice is of the same genre
 
 
@@ -69,8 +73,8 @@ class SASRec(nn.Module):
         return F.cross_entropy(scores.flatten(0, 1), following.flatten(), ignore_index=PADDING)
 
 
-def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, histories: torch.Tensor) -> torch.Tensor:
-    with memory.phase("forward"):
+def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, histories: torch.Tensor, autocast) -> torch.Tensor:
+    with memory.phase("forward"), autocast():
         loss = model(histories[:, :-1].contiguous(), histories[:, 1:].contiguous())
     with memory.phase("backward"):
         loss.backward()
@@ -80,20 +84,22 @@ def train_step(model: nn.Module, optimizer: torch.optim.Optimizer, histories: to
     return loss.detach()
 
 
-def train(mode: str, steps: int, items: int, width: int, users: int, length: int) -> None:
+def train(
+    mode: str, steps: int, items: int, width: int, users: int, length: int, device: str, dtype: str
+) -> None:  # fmt: skip
     """One way of running, in its own process; reports to the parent."""
     torch.manual_seed(SEED)
     generator = torch.Generator().manual_seed(SEED)
-    model = SASRec(items, width, length)
+    model, autocast = SASRec(items, width, length).to(device), devices.autocast(device, dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
     compiled = model if mode == "eager" else torch.compile(model, backend=mode)
     for step in range(steps):
-        histories = choose(users, length, items, generator)
+        histories = choose(users, length, items, generator).to(device)
         begin = time.perf_counter()
-        loss = train_step(compiled, optimizer, histories)
+        loss = train_step(compiled, optimizer, histories, autocast)
         runs.emit(step=step, loss=loss.item(), seconds=time.perf_counter() - begin)
     own = memory.own_bytes(model, optimizer)
-    trace = memory.trace_step(lambda: train_step(compiled, optimizer, histories))
+    trace = memory.trace_step(lambda: train_step(compiled, optimizer, histories, autocast), device)
     runs.emit(done={"own": own, "trace": trace.to_dict()})
 
 
@@ -102,15 +108,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     add = parser.add_argument
-    add("--items", type=int, default=500_000, help="size of the catalogue")
-    add("--width", type=int, default=64, help="width of the model")
-    add("--users", type=int, default=8, help="histories in a batch")
-    add("--length", type=int, default=32, help="choices in a history")
+    devices.add_arguments(parser, SIZES)
     add("--steps", type=int, default=10, help="training steps")
     add("--only", default="eager,cce", help="which ways to run, separated by commas: eager, inductor, cce")
     add("--out", type=Path, default=Path("out"), help="folder for the figures")
     add("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
+    devices.settle(arguments, SIZES)
     arguments.only = [mode for mode in arguments.only.split(",") if mode]
     if unknown := set(arguments.only) - set(runs.MODES):
         parser.error(f"--only knows {', '.join(runs.MODES)}; not {', '.join(sorted(unknown))}")
@@ -118,7 +122,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run_all(arguments: argparse.Namespace, console: Console) -> dict:
-    settings = {name: getattr(arguments, name) for name in ("items", "width", "users", "length", "steps")}
+    settings = {name: getattr(arguments, name) for name in (*SIZES["cpu"], "steps", "device", "dtype")}
     results = {}
     for mode in arguments.only:
         with console.status(f"{mode}: starting") as status:
@@ -150,7 +154,8 @@ def main(argv: list[str] | None = None) -> int:
     figures = json.dumps(summaries, indent=1)
     data = write_whole(arguments.out / "recommender.json", lambda part: part.write_text(figures))
     rows = arguments.users * arguments.length
-    console.print(f"\n{arguments.items:,} items, {rows:,} choices a step, float32, CPU", style="bold")
+    where = devices.describe(arguments.device, arguments.dtype)
+    console.print(f"\n{arguments.items:,} items, {rows:,} choices a step, {where}", style="bold")
     console.print(report.comparison_table(summaries))
     console.print(f"figures: {data}")
     return 0

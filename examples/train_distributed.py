@@ -6,8 +6,9 @@
     torchrun --nproc-per-node 2 examples/train_distributed.py --tp       the vocabulary divided among the processes
     torchrun --nproc-per-node 2 examples/train_distributed.py --check    and compare with eager in one process
 
-Everything is torch's own: this file knows nothing of cce but the string that it hands to torch.compile. `--backend eager` and
-`--backend inductor` show what the same step takes without it.
+With a GPU for each process they talk through NCCL, compute in bfloat16 by autocast, and the model is larger. Everything is
+torch's own: this file knows nothing of cce but the string that it hands to torch.compile. `--backend eager` and `--backend
+inductor` show what the same step takes without it.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support import memory
+from support import devices, memory
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -27,6 +28,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, loss_parallel, pa
 from torch.nn.parallel import DistributedDataParallel
 
 SEED = 1234
+SIZES = {
+    "cpu": {"vocab": 16384, "width": 64, "batch": 8, "length": 64},
+    "cuda": {"vocab": 131072, "width": 1024, "batch": 16, "length": 1024},
+}
 
 
 class Model(nn.Module):
@@ -55,7 +60,9 @@ def distribute(model: nn.Module, arguments: argparse.Namespace) -> nn.Module:
         return fully_shard(model)
     if arguments.tp:
         divided = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
-        return parallelize_module(model, init_device_mesh("cpu", (dist.get_world_size(),)), {"head": divided})
+        return parallelize_module(
+            model, init_device_mesh(arguments.device.split(":")[0], (dist.get_world_size(),)), {"head": divided}
+        )
     return DistributedDataParallel(model)
 
 
@@ -63,11 +70,13 @@ def train(model: nn.Module, run: nn.Module, arguments: argparse.Namespace, part:
     """Train on this process's part of each batch; the peak memory of one more step, over what was held before it."""
     generator = torch.Generator().manual_seed(SEED)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    autocast = devices.autocast(arguments.device, arguments.dtype)
 
     def step() -> torch.Tensor:
-        x, y = batch(arguments, generator)
+        x, y = (t[part].to(arguments.device) for t in batch(arguments, generator))
         with loss_parallel() if arguments.tp else contextlib.nullcontext():
-            loss = run(x[part], y[part])
+            with autocast():
+                loss = run(x, y)
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -75,7 +84,7 @@ def train(model: nn.Module, run: nn.Module, arguments: argparse.Namespace, part:
 
     for at in range(arguments.steps):
         tell(at, step())
-    return memory.trace_step(step).peak_bytes
+    return memory.trace_step(step, arguments.device).peak_bytes
 
 
 def average(loss: torch.Tensor) -> float:
@@ -87,7 +96,7 @@ def average(loss: torch.Tensor) -> float:
 def alone(arguments: argparse.Namespace) -> list[float]:
     """The losses of eager training in this process alone, on whole batches."""
     torch.manual_seed(SEED)
-    model, losses = Model(arguments.vocab, arguments.width), []
+    model, losses = Model(arguments.vocab, arguments.width).to(arguments.device), []
     single = argparse.Namespace(**vars(arguments) | {"tp": False})
     train(model, model, single, slice(None), lambda at, loss: losses.append(loss.item()))
     return losses
@@ -101,13 +110,20 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--backend", default="cce", choices=("cce", "inductor", "eager"))
     parser.add_argument("--check", action="store_true", help="compare with eager in one process; differing is an error")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--vocab", type=int, default=16384)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batch", type=int, default=8, help="sequences in a batch, of all processes together")
-    parser.add_argument("--length", type=int, default=64, help="tokens in a sequence")
+    devices.add_arguments(parser, SIZES)
     arguments = parser.parse_args(argv)
     if "RANK" not in os.environ:
         parser.error("start it with torchrun --nproc-per-node 2")
+    enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    if arguments.device == "auto" and not enough:
+        arguments.device = "cpu"
+    if arguments.check and arguments.dtype is None:
+        arguments.dtype = "float32"
+    devices.settle(arguments, SIZES)
+    if arguments.device == "cuda":
+        if not enough:
+            parser.error("--device cuda needs a GPU for each process")
+        arguments.device = f"cuda:{os.environ['LOCAL_RANK']}"
     if arguments.batch % int(os.environ["WORLD_SIZE"]):
         parser.error("the processes have to get as many sequences each")
     return arguments
@@ -115,7 +131,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = parse_arguments(argv)
-    dist.init_process_group("gloo")
+    on_gpu = arguments.device.startswith("cuda")
+    if on_gpu:
+        torch.cuda.set_device(arguments.device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
         return work(arguments, dist.get_rank(), dist.get_world_size())
     finally:
@@ -124,7 +143,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def work(arguments: argparse.Namespace, rank: int, world: int) -> int:
     torch.manual_seed(SEED)
-    model = distribute(Model(arguments.vocab, arguments.width), arguments)
+    model = distribute(Model(arguments.vocab, arguments.width).to(arguments.device), arguments)
     run = model if arguments.backend == "eager" else torch.compile(model, backend=arguments.backend)
     share = arguments.batch // world
     part = slice(None) if arguments.tp else slice(rank * share, (rank + 1) * share)

@@ -17,18 +17,22 @@ from .._torch import CustomGraphPass, HigherOrderOperator
 from ..functional import __file__ as functional_file
 from . import fakes
 from .decide import Policy, decide
+from .faults import Fault, Undo, failed, stage
 from .modules import inline_known
 from .registry import rules_text
 from .report import Declined, Report, Rewritten
 from .rewriter import erase_unused, logits_use, rewrite_site
 from .trace import Trace, trace
-from .values import Decline, LossSite, Reason, Result
+from .values import Decline, LossSite, Reason, Result, output_of
 
 _log = logging.getLogger("cce_fx")
 
 
-def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
-    """Rewrite every site of a graph whose nodes carry example values, in place."""
+def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
+    """Rewrite every site of a graph whose nodes carry example values, in place.
+
+    Raises `Fault` where the pass itself fails; the caller then restores what `undo` remembers.
+    """
     found = trace(gm.graph)
     report = Report()
     declines = list(found.declines)
@@ -36,41 +40,47 @@ def apply(gm: GraphModule, policy: Policy) -> tuple[Report, Trace]:
     moved: dict[Node, Node] = {}
     needed = found.needed()
     for candidate in found.candidates:
-        site = decide(candidate, policy, needed)
-        refused = site if isinstance(site, Decline) else rewrite_site(gm, site, policy, moved)
+        with stage("deciding", candidate.anchor):
+            site = decide(candidate, policy, needed)
+        if isinstance(site, Decline):
+            refused: Decline | None = site
+        else:
+            undo.remember()
+            with stage("rewriting", candidate.anchor):
+                refused = rewrite_site(gm, site, policy, moved)
         if refused is not None:
             # A router's or a gate's statistics are no loss that a user would look for.
             if candidate.result is Result.LOSS or refused.reason is not Reason.SMALL:
                 declines.append(refused)
         else:
             done.append(site)
-    if done:
-        # Views beside the paths too, such as what a tracer saved for a backward.
-        erase_unused(gm.graph, list(reversed(found.views)))
-    for site in done:
-        report.rewritten.append(Rewritten.of(site, logits_use(site.candidate.view)))
-    report.declined += [Declined.of(d) for d in declines]
-    if done:
-        gm.graph.lint()
-        gm.recompile()
-    for body in _bodies(gm):
+    with stage("rewriting", *(site.candidate.anchor for site in done)):
+        if done:
+            # Views beside the paths too, such as what a tracer saved for a backward.
+            erase_unused(gm.graph, list(reversed(found.views)))
+            gm.graph.lint()
+            gm.recompile()
+        report.rewritten += [Rewritten.of(site, logits_use(site.candidate.view)) for site in done]
+        report.declined += [Declined.of(d) for d in declines]
+    for body in _bodies(gm, found):
         # A checkpoint runs its body twice: gradients made in the first run would be thrown away.
-        inner, _ = apply(body, replace(policy, strategy="recompute") if policy.strategy == "auto" else policy)
+        recompute = replace(policy, strategy="recompute") if policy.strategy == "auto" else policy
+        inner, _ = apply(body, recompute, undo)
         report.rewritten += inner.rewritten
         report.declined += inner.declined
     return report, found
 
 
-def _bodies(gm: GraphModule) -> list[GraphModule]:
-    """The graphs inside higher-order operators: activation checkpoints, `torch.cond`."""
-    found = {}
+def _bodies(gm: GraphModule, found: Trace) -> list[GraphModule]:
+    """The graphs inside higher-order operators (activation checkpoints, `torch.cond`) that run under no transform."""
+    bodies = {}
     for node in gm.graph.nodes:
-        if isinstance(node.target, HigherOrderOperator):
+        if isinstance(node.target, HigherOrderOperator) and node not in found.transformed:
             names = [n.target for n in node.all_input_nodes if n.op == "get_attr"]
-            found |= {
+            bodies |= {
                 name: gm.get_submodule(name) for name in names if isinstance(getattr(gm, name, None), GraphModule)
             }
-    return list(found.values())
+    return list(bodies.values())
 
 
 def announce(report: Report) -> None:
@@ -92,10 +102,17 @@ def rewrite(
     Returns:
         The same module, and a report of what was rewritten and declined.
     """
-    inline_known(gm)
-    if not fakes.ensure(gm, example_inputs):
-        _log.info("the graph carries no shapes; pass example_inputs")
-    report, _ = apply(gm, policy or Policy())
+    undo = Undo(gm)
+    try:
+        with stage("reading the graph", output_of(gm.graph)):
+            inline_known(gm)
+            if not fakes.ensure(gm, example_inputs):
+                _log.info("the graph carries no shapes; pass example_inputs")
+        with fakes.unguarded(gm):
+            report, _ = apply(gm, policy or Policy(), undo)
+    except Fault as fault:
+        undo.restore()
+        report = failed(fault)
     announce(report)
     return gm, report
 

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import operator
 from collections.abc import Iterator
 from typing import Any
@@ -16,11 +15,9 @@ from .._torch import GraphAppendingTracer
 from ..functional import KernelSpec, filter_bound, row_statistics, site_loss, statistics_dtype, target_logit, top_class
 from ..kernels.spec import Needs
 from .decide import Policy
-from .fakes import propagate
+from .fakes import WouldGuard, propagate
 from .sharded import has_sharded_head, write_loss
 from .values import Candidate, Decline, Form, LogitsView, LossSite, Operand, Reason, Result, value_of
-
-_log = logging.getLogger("cce_fx")
 
 
 class Builder:
@@ -80,10 +77,9 @@ def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy, moved: dict[No
         with builder.before(anchor):
             new = _write(builder, site, policy).node
         propagate(gm, builder.written, grad=value_of(anchor).requires_grad)
-    except Exception as error:
-        _log.warning("a loss could not be rewritten and runs as it was", exc_info=True)
+    except WouldGuard as error:
         builder.undo()
-        return Decline(Reason.INTERNAL, anchor, f"{type(error).__name__}: {error}")
+        return Decline(Reason.DYNAMIC, anchor, str(error))
     was, now = value_of(anchor), value_of(new)
     if was.dtype != now.dtype or len(was.shape) != len(now.shape) or was.requires_grad != now.requires_grad:
         builder.undo()

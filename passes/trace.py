@@ -8,13 +8,16 @@ so a loss after it sees no view, and a loss before it is unaffected.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.fx import Graph, Node
 
 from . import rules as rules  # registers them
 from .canonical import canonical, mutated_arguments
-from .registry import BEGINNERS, RULES, Call
+from .fakes import WouldGuard
+from .faults import stage
+from .registry import BEGINNERS, RULES, Call, Outcome
 from .rules.elementwise import detached
 from .values import Candidate, Decline, LogitsView, Reason, value_of
 
@@ -30,6 +33,7 @@ class Trace:
     candidates: list[Candidate] = field(default_factory=list)
     declines: list[Decline] = field(default_factory=list)  # of losses
     stops: dict[Node, Decline] = field(default_factory=dict)  # nodes at which a view ended
+    transformed: set[Node] = field(default_factory=set)  # nodes that run under a transform of torch.func
 
     def needed(self) -> set[Node]:
         """The views that something reads which is neither a view, a candidate nor the graph's output."""
@@ -50,16 +54,17 @@ _PARTS = {"gather", "take_along_dim", "logsumexp"}
 
 def trace(graph: Graph) -> Trace:
     """Every view and every loss of a graph whose nodes carry example values. Linear in the number of nodes."""
-    found = Trace()
+    found, depth = Trace(), 0
     for node in graph.nodes:
         if node.op not in ("call_function", "call_method"):
             continue
-        _end_mutated(found, node)
-        name = canonical(node)
-        rule = RULES.get(name) if _hashable(name) else None
-        outcome = None
-        if rule is not None and (name in BEGINNERS or any(n in found.views for n in node.all_input_nodes)):
-            outcome = rule(Call(node, found.views))
+        depth += _TRANSFORMS.get(getattr(node.target, "__name__", ""), 0)
+        if depth > 0:
+            found.transformed.add(node)
+        with stage("finding losses", node):
+            _end_mutated(found, node)
+            name = canonical(node)
+            outcome = _outcome(found, node, name)
         if isinstance(outcome, LogitsView):
             found.views[node] = outcome
         elif isinstance(outcome, Candidate):
@@ -73,6 +78,29 @@ def trace(graph: Graph) -> Trace:
     return _without_hooked(found)
 
 
+# Functions that stand in graphs where a transform of torch.func begins and ends, and forward-mode differentiation.
+_TRANSFORMS = {
+    **{f"_{kind}_increment_nesting": 1 for kind in ("grad", "vmap", "jvp", "func")},
+    **{f"_{kind}_decrement_nesting": -1 for kind in ("grad", "vmap", "jvp", "func")},
+    "_enter_dual_level": 1,
+    "_exit_dual_level": -1,
+}
+
+
+def _outcome(found: Trace, node: Node, name: Any) -> Outcome:
+    """What the rule of an operation says of a node; None where there is no rule, or nothing for it to read."""
+    rule = RULES.get(name) if _hashable(name) else None
+    if rule is None or not (name in BEGINNERS or any(n in found.views for n in node.all_input_nodes)):
+        return None
+    try:
+        outcome = rule(Call(node, found.views))
+    except WouldGuard as error:
+        return Decline(Reason.DYNAMIC, node, str(error))
+    if isinstance(outcome, Candidate) and node in found.transformed:
+        return Decline(Reason.TRANSFORM, node)
+    return outcome
+
+
 def _is_head(found: Trace, node: Node) -> bool:
     """Whether a node's input is a view with more classes than hidden dimensions, and so no router or gate."""
     views = [found.views[n] for n in node.all_input_nodes if n in found.views]
@@ -83,19 +111,27 @@ def _hashable(name: object) -> bool:
     return getattr(name, "__hash__", None) is not None
 
 
-def _storage(node: Node | None) -> int | None:
+def storage_of(node: Node | None) -> int | None:
+    """What tells the memory of a node's value from that of others; None where that is not known."""
     value = value_of(node) if node is not None else None
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return None
     return value.untyped_storage()._cdata
 
 
+def written_inputs(graph: Graph) -> list[int]:
+    """The positions of a graph's inputs whose memory a node of it writes to."""
+    written = {storage_of(n) for node in graph.nodes for n in mutated_arguments(node)} - {None}
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    return [i for i, n in enumerate(inputs) if storage_of(n) in written]
+
+
 def _end_mutated(found: Trace, node: Node) -> None:
-    written = {s for n in mutated_arguments(node) if (s := _storage(n)) is not None}
+    written = {s for n in mutated_arguments(node) if (s := storage_of(n)) is not None}
     if not written:
         return
     for at, view in list(found.views.items()):
-        if any(_storage(n) in written for n in view.reads):
+        if any(storage_of(n) in written for n in view.reads):
             del found.views[at]
             found.stops[at] = Decline(Reason.MUTATED, node)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from .._torch import statically_known_true
 from ..functional import LossSpec, statistics_dtype
@@ -39,10 +39,11 @@ class Reason(enum.Enum):
     )
     SMALL = "the logits are too small to be worth it"
     NO_META = "the shapes in the graph are not known; pass example inputs"
-    DYNAMIC = "the hidden size or the number of classes is not fixed in the graph"
+    DYNAMIC = "the hidden size, the number of classes or a size that must equal another is not fixed in the graph"
+    TRANSFORM = "a transform of torch.func, or forward-mode differentiation, is active where the loss is taken"
     USED = "the logits are needed for something else as well, so leaving them out of this saves nothing"
     OPTION = "an argument of the loss is not a constant, or has a value that the loss itself would refuse"
-    INTERNAL = "the rewritten loss would differ in shape or dtype; please report this"
+    INTERNAL = "cce_fx itself failed; please report this"
 
 
 ADVICE = {
@@ -60,6 +61,7 @@ ADVICE = {
     Reason.SMALL: "nothing to do; options={'min_vocab': 0} cuts it all the same",
     Reason.NO_META: "pass example_inputs",
     Reason.DYNAMIC: "make the weight a parameter of the model, or leave dynamic=True out",
+    Reason.TRANSFORM: "nothing to do: such losses run as they were; take gradients by autograd instead where you can",
     Reason.USED: "drop the other use, or compute it from hidden",
     Reason.OPTION: "make the argument a Python constant",
     Reason.INTERNAL: "report it with the program",
@@ -279,6 +281,11 @@ def value_of(node: Any) -> Any:
         return node
     value = node.meta.get("example_value")
     return node.meta.get("val") if value is None else value
+
+
+def output_of(graph: Graph) -> Node:
+    """The node that returns a graph's results."""
+    return next(n for n in reversed(graph.nodes) if n.op == "output")
 
 
 def same(a: Any, b: Any) -> bool:

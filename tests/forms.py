@@ -7,11 +7,11 @@ weight W2 (V, D), an adapter A (R, D) and C (V, R), and a number t (1,) that is 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import einops
 import torch
 from torch import Tensor
 
@@ -31,7 +31,8 @@ class Form:
 
     def function(self) -> Callable[..., Any]:
         scope: dict[str, Any] = {"torch": torch, "F": torch.nn.functional, "nn": torch.nn, "V": V}
-        scope["rearrange"] = einops.rearrange
+        if "rearrange" in self.body:
+            scope["rearrange"] = importlib.import_module("einops").rearrange
         exec(compile(self.source, f"<{self.name}>", "exec"), scope)
         return scope["program"]
 
@@ -39,11 +40,12 @@ class Form:
 B, T, D, V, R = 2, 5, 6, 41, 2
 
 
-def tensors(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def tensors(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> list[Tensor]:
     gen = torch.Generator().manual_seed(0)
-    new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(dtype).requires_grad_()  # noqa: E731
-    y = torch.randint(0, V, (B, T), generator=gen)
-    return [new(B, T, D), new(V, D), new(V), y, new(V, D), new(R, D), new(V, R), torch.full((1,), 0.7, dtype=dtype)]
+    new = lambda *s: torch.randn(*s, generator=gen, dtype=torch.float64).to(device, dtype).requires_grad_()  # noqa: E731
+    y = torch.randint(0, V, (B, T), generator=gen).to(device)
+    t = torch.full((1,), 0.7, dtype=dtype, device=device)
+    return [new(B, T, D), new(V, D), new(V), y, new(V, D), new(R, D), new(V, R), t]
 
 
 _FLAT = "z = F.linear(h, W).view(-1, V); y = y.view(-1)\n"
@@ -61,7 +63,7 @@ FORMS = [
     Form("loss", "log_softmax, gather", "z = F.linear(h, W)\nreturn -z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()"),
     Form("loss", "log_softmax, take_along_dim",
          _FLAT + "return -torch.take_along_dim(z.log_softmax(-1), y[:, None], 1).squeeze(1).sum()"),
-    Form("loss", "log_softmax, advanced indexing", _FLAT + "return -z.log_softmax(1)[torch.arange(y.numel()), y].mean()"),
+    Form("loss", "log_softmax, advanced indexing", _FLAT + "return -z.log_softmax(1)[torch.arange(y.numel(), device=y.device), y].mean()"),
     Form("loss", "softmax, gather, log", _FLAT + "return -z.softmax(-1).gather(1, y[:, None]).log().mean()"),
     Form("loss", "logsumexp minus gather",
          "z = F.linear(h, W)\nreturn (z.logsumexp(-1) - z.gather(-1, y[..., None]).squeeze(-1)).mean()"),
@@ -133,7 +135,7 @@ FORMS = [
     Form("chain", "shift by slices", "z = F.linear(h, W)[..., :-1, :].contiguous(); y = y[..., 1:].contiguous()\n" + _CE),
     Form("chain", "shift by narrow", "z = F.linear(h, W).narrow(1, 0, 4); y = y[:, 1:]\n" + _CE),
     Form("chain", "roll", "z = F.linear(h, W).roll(1, 1)\n" + _CE),
-    Form("chain", "index_select", "z = F.linear(h, W).flatten(0, 1)\ni = torch.arange(3)\n"
+    Form("chain", "index_select", "z = F.linear(h, W).flatten(0, 1)\ni = torch.arange(3, device=h.device)\n"
          "return F.cross_entropy(z.index_select(0, i), y.flatten().index_select(0, i))"),
     Form("chain", "boolean mask", "z = F.linear(h, W)\nreturn F.cross_entropy(z[y > 5], y[y > 5])", "lazy",
          "Dynamo ends its graph at the mask; the logits stay lazy, and the loss outside is cut"),
@@ -147,11 +149,11 @@ FORMS = [
     Form("chain", "soft cap", "z = 5 * torch.tanh(F.linear(h, W) / 5)\n" + _CE),
     Form("chain", "a bias afterwards", "z = F.linear(h, W) + b\n" + _CE),
     Form("chain", "a bias after a bias and a scale", "z = F.linear(h, W, b) * 2 + W2.sum(-1)\n" + _CE),
-    Form("chain", "additive mask of classes", "z = F.linear(h, W) + torch.zeros(V).masked_fill(torch.arange(V) >= 60, -torch.inf)\n" + _CE),
+    Form("chain", "additive mask of classes", "z = F.linear(h, W) + torch.zeros(V, device=h.device).masked_fill(torch.arange(V, device=h.device) >= 60, -torch.inf)\n" + _CE),
     Form("chain", "masked_fill of padded classes",
-         "z = F.linear(h, W, b).masked_fill((torch.arange(V) >= 40)[None, None], -torch.inf); y = y.clamp(max=39)\n" + _CE),
+         "z = F.linear(h, W, b).masked_fill((torch.arange(V, device=h.device) >= 40)[None, None], -torch.inf); y = y.clamp(max=39)\n" + _CE),
     Form("chain", "real classes alone", "z = F.linear(h, W, b)[..., :40]; y = y.clamp(max=39)\n" + _CE),
-    Form("chain", "a finite fill", "z = F.linear(h, W).masked_fill(torch.arange(V) > 39, -1e9); y = y.clamp(max=39)\n" + _CE,
+    Form("chain", "a finite fill", "z = F.linear(h, W).masked_fill(torch.arange(V, device=h.device) > 39, -1e9); y = y.clamp(max=39)\n" + _CE,
          "NO_RULE", "the fill is a logit like others"),
     Form("chain", "an activation", "z = F.linear(h, W).relu()\n" + _CE, "NO_RULE", "only casts, scales and a soft cap are linear enough"),
     Form("chain", "a mask that differs by row", "z = F.linear(h, W).masked_fill(F.one_hot(y, V).bool().roll(1, -1), -torch.inf)\n" + _CE,
@@ -159,11 +161,11 @@ FORMS = [
     Form("chain", "changed in place", "z = F.linear(h, W)\nz[..., 0] = -1.0\n" + _CE, "MUTATED", "the logits are no longer the head's"),
     Form("chain", "logits read elsewhere", "z = F.linear(h, W)\nreturn z.logsumexp(-1).mean() + z.relu().sum()", "USED",
          "the logits exist anyway"),
-    Form("chain", "loss over another dimension", "return F.cross_entropy(F.linear(h, W), torch.zeros(y.size(0), V, dtype=torch.long))",
+    Form("chain", "loss over another dimension", "return F.cross_entropy(F.linear(h, W), torch.zeros(y.size(0), V, dtype=torch.long, device=h.device))",
          "CLASS_DIM", "time stands where the vocabulary should"),
     Form("chain", "log_softmax over another dimension",
          "return F.nll_loss(F.linear(h, W).log_softmax(1).flatten(0, 1), y.flatten())", "CLASS_DIM", "time is normalised, not the vocabulary"),
-    Form("chain", "vocabulary reshaped away", "z = F.linear(h, W[:40]).reshape(-1, 20)\nreturn F.cross_entropy(z, torch.zeros(z.size(0), dtype=torch.long))",
+    Form("chain", "vocabulary reshaped away", "z = F.linear(h, W[:40]).reshape(-1, 20)\nreturn F.cross_entropy(z, torch.zeros(z.size(0), dtype=torch.long, device=h.device))",
          "CLASS_MIXED", "rows and classes are mixed"),
 ]  # fmt: skip
 

@@ -130,7 +130,7 @@ class Nearby:
 
 
 def _nudged(t: Tensor, gen: torch.Generator) -> Tensor:
-    noise = torch.randn(t.shape, generator=gen, dtype=torch.float64)
+    noise = torch.randn(t.shape, generator=gen, dtype=torch.float64).to(t.device)
     moved = (t.detach().double() * (1 + 2 * torch.finfo(t.dtype).eps * noise)).to(t.dtype)
     return moved.requires_grad_(t.requires_grad)
 

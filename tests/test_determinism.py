@@ -39,12 +39,12 @@ def deterministic() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def inputs(dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> list[Tensor]:
     gen = torch.Generator().manual_seed(0)
-    h, w, b = (torch.randn(*s, generator=gen).to(dtype).requires_grad_() for s in ((N, D), (V, D), (V,)))
+    h, w, b = (torch.randn(*s, generator=gen).to(device, dtype).requires_grad_() for s in ((N, D), (V, D), (V,)))
     y = torch.randint(V // 40, (N,), generator=gen)  # many rows to a class: sums over rows whose order matters
     y[::7] = -100
-    return [h, w, b, y]
+    return [h, w, b, y.to(device)]
 
 
 def run(tensors: list[Tensor], strategy: str, how: dict[str, Any]) -> list[Tensor]:
@@ -70,24 +70,25 @@ def test_runs_agree_to_the_bit(way: str, dtype: torch.dtype, strategy: str, thre
 
 @pytest.mark.parametrize("strategy", ["grads_in_forward", "recompute"])
 @pytest.mark.parametrize("way", WAYS)
-def test_under_deterministic_algorithms(way: str, strategy: str, deterministic: None) -> None:
-    tensors = inputs()
-    first = run(tensors, strategy, WAYS[way])
+def test_under_deterministic_algorithms(way: str, strategy: str, deterministic: None, device: torch.device) -> None:
+    tensors = inputs(device=device)
+    how = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in WAYS[way].items()}
+    first = run(tensors, strategy, how)
     assert all(bool(t.isfinite().all()) for t in first)
-    assert_same_bits(first, run(tensors, strategy, WAYS[way]))
+    assert_same_bits(first, run(tensors, strategy, how))
     torch.use_deterministic_algorithms(False)
-    for a, b in zip(first, run(tensors, strategy, WAYS[way]), strict=True):
+    for a, b in zip(first, run(tensors, strategy, how), strict=True):
         torch.testing.assert_close(a, b)
 
 
-def test_a_compiled_step_agrees_to_the_bit(deterministic: None) -> None:
+def test_a_compiled_step_agrees_to_the_bit(deterministic: None, device: torch.device) -> None:
     def loss(h: Tensor, w: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         z = F.linear(h, w, b)
         return F.cross_entropy(z, y), z
 
     torch._dynamo.reset()
     compiled = torch.compile(loss, backend="cce", options={"min_vocab": 0})
-    h, w, b, y = inputs()
+    h, w, b, y = inputs(device=device)
 
     def step() -> list[Tensor]:
         out, z = compiled(h, w, b, y)

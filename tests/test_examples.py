@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -77,6 +78,33 @@ def test_train_lm_compares_three_ways(tmp_path, cache):
         assert set(run_["trace"]["phases"]) == {"forward", "backward", "optimizer"}
     assert summary["cce"]["peak_above_own_bytes"] < 0.6 * summary["eager"]["peak_above_own_bytes"]
     assert (tmp_path / "out" / "train_lm.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_train_lm_under_autocast_as_on_a_gpu(tmp_path, cache):
+    small = [*SMALL, "--device", "cpu", "--dtype", "bfloat16", "--steps", "3", "--only", "eager,cce"]
+    text = run(tmp_path, "train_lm.py", *small, "--cache", cache)
+    assert "bfloat16 by autocast, CPU" in text
+    figures = json.loads((tmp_path / "out" / "train_lm.json").read_text())
+    assert figures["settings"]["rate"] == 2e-3 and figures["settings"]["dtype"] == "bfloat16"
+    assert figures["summary"]["cce"]["largest_difference"] < 0.05
+
+
+def test_train_lm_goes_on_when_one_way_fails(tmp_path, cache):
+    broken = environment() | {
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        "CXX": "/bin/false",
+    }  # inductor has no compiler
+    arguments = command("train_lm.py", *SMALL, "--steps", "2", "--only", "inductor,eager", "--cache", cache)
+    done = subprocess.run(arguments, cwd=tmp_path, env=broken, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1 and "the inductor run ended" in done.stdout
+    assert list(json.loads((tmp_path / "out" / "train_lm.json").read_text())["runs"]) == ["eager"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("script", ["train_lm.py", "hf_trainer.py", "recommender.py"])
+def test_a_gpu_that_is_not_there_is_told(script, tmp_path):
+    done = subprocess.run(command(script, "--device", "cuda"), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and "torch.cuda.is_available() is False" in done.stderr
 
 
 def test_train_lm_fits_the_steps_to_the_minutes(tmp_path, cache):

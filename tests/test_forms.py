@@ -17,14 +17,17 @@ from .helpers import compare
 
 
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.family}: {f.name}")
-def test_form(form: Form) -> None:
-    if "einops" in form.name and torch.__version__ < "2.13":
-        pytest.skip("Dynamo does not look into einops before 2.13; test_einops_is_declined_before is there instead")
-    watch = compare(form.function(), forms.tensors())
+def test_form(form: Form, device: torch.device) -> None:
+    if "einops" in form.name:
+        if torch.__version__ < "2.13":
+            pytest.skip("Dynamo does not look into einops before 2.13; test_einops_is_declined_before is there instead")
+        pytest.importorskip("einops")
+    tensors = forms.tensors(device=device)
+    watch = compare(form.function(), tensors)
     if form.verdict == "lazy":
         assert watch.largest() < forms.B * (forms.T - 1) * forms.V
         return
-    report = cce_fx.explain(form.function(), *forms.tensors(), options=Options(min_vocab=0))
+    report = cce_fx.explain(form.function(), *tensors, options=Options(min_vocab=0))
     if form.verdict == "rewritten":
         assert watch.rewritten >= 1 and not report.declined, report
         rows, two_weights = forms.B * (forms.T - 1), 2 * forms.V * forms.D

@@ -21,6 +21,7 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -134,18 +135,23 @@ def build(name: str, task: str) -> tuple[nn.Module, dict[str, Any]]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return model, batch_of(model, task, LENGTH)
+
+
+def batch_of(model: nn.Module, task: str, length: int) -> dict[str, Any]:
+    """A batch of sequences of one length."""
     gen = torch.Generator().manual_seed(1)
     vocab = min(VOCAB, model.get_input_embeddings().weight.shape[0])
-    ids, other = (torch.randint(20, vocab, (ROWS, LENGTH), generator=gen) for _ in range(2))
+    ids, other = (torch.randint(20, vocab, (ROWS, length), generator=gen) for _ in range(2))
     labels = ids.clone() if task == "causal" else other
-    labels[0, :5] = -100
-    takes = inspect.signature(model.forward).parameters
+    labels[0, : min(5, length // 2)] = -100
+    takes = inspect.signature(type(model).forward).parameters
     possible = {
         "attention_mask": torch.ones_like(ids),
         "use_cache": False,
-        "bbox": torch.zeros(ROWS, LENGTH, 4, dtype=torch.long),
+        "bbox": torch.zeros(ROWS, length, 4, dtype=torch.long),
     }
-    return model, {"input_ids": ids, "labels": labels} | {k: v for k, v in possible.items() if k in takes}
+    return {"input_ids": ids, "labels": labels} | {k: v for k, v in possible.items() if k in takes}
 
 
 def step(model: nn.Module, call: Any, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor], Any]:
@@ -195,35 +201,43 @@ def examine(name: str, task: str, backend: str) -> Row:
     return row
 
 
-def _examine_into(pipe: Any, name: str, task: str, backend: str) -> None:
+def _examine_into(pipe: Any, function: Callable[..., Any], failed: Any, name: str, task: str, how: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    row = Row(name, task)
+    row = failed(name, task)
     try:
-        row = examine(name, task, backend)
+        row = function(name, task, how)
     except BaseException as error:  # told in the table
         row.error = f"{type(error).__name__}: {error}".splitlines()[0][:160]
     pipe.send(row)
 
 
-def examined_apart(which: str, backend: str, limit: int) -> Row:
-    """One architecture, in a process of its own, forked from one that has imported what all of them need."""
+def apart(function: Callable[..., Any], which: str, how: str, limit: int, failed: Any = Row) -> Any:
+    """`function` of one architecture, in a process of its own, forked from one that has imported what all of them need.
+
+    Where it gives no answer, `failed` of the architecture, with its error.
+    """
     name, _, task = which.partition(":")
     task = task or "causal"
     os.environ.update({"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"})
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["transformers", "torch._dynamo", "cce_fx.backend"])
     ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_examine_into, args=(theirs, name, task, backend), daemon=True)
+    child = context.Process(target=_examine_into, args=(theirs, function, failed, name, task, how), daemon=True)
     child.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(limit) else Row(name, task, error=f"no answer in {limit} s")
+        return ours.recv() if ours.poll(limit) else failed(name, task, error=f"no answer in {limit} s")
     except EOFError:
-        return Row(name, task, error="died")
+        return failed(name, task, error="died")
     finally:
         child.kill()
         child.join()
+
+
+def examined_apart(which: str, backend: str, limit: int) -> Row:
+    """`examine` of one architecture, in a process of its own."""
+    return apart(examine, which, backend, limit)
 
 
 def run(names: list[str], backend: str = "cce", jobs: int = 2, limit: int = 300, kept: Path | None = None) -> list[Row]:

@@ -6,6 +6,7 @@ Over the process group's store and not by a collective, which is itself what pro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -48,7 +49,7 @@ def agree(group: dist.ProcessGroup, what: str, choice: str) -> None:
     known.append(choice)
 
 
-def agree_on_losses(candidates: list[Candidate], rewritten: set[str], policy: Policy) -> None:
+def agree_on_losses(candidates: Sequence[Candidate], rewritten: set[str], policy: Policy) -> None:
     """Compare what was decided for each loss on a head of DTensors, over every dimension of its mesh.
 
     Args:

@@ -29,6 +29,7 @@ def summarise(run: dict, reference: dict | None) -> dict:
         "median_step_seconds": statistics.median(times[1:] or times),  # the first step compiles
         "first_step_seconds": times[0],
         "peak_above_own_bytes": max(0, run["trace"]["peak_bytes"] - own["gradients"]),
+        "allocator_peak_bytes": run["trace"].get("allocator_peak"),
         "own_bytes": sum(own.values()),
     }
 
@@ -46,6 +47,8 @@ def comparison_table(summaries: dict[str, dict]) -> Table:
         "peak memory above the model's own": lambda s: f"{s['peak_above_own_bytes'] / MIB:.0f} MiB",
         "the model's own: weights, gradients, Adam": lambda s: f"{s['own_bytes'] / MIB:.0f} MiB",
     }
+    if any(s["allocator_peak_bytes"] is not None for s in summaries.values()):
+        rows["peak of the step by the GPU's allocator"] = lambda s: f"{s['allocator_peak_bytes'] / MIB:.0f} MiB"
     for name, cell in rows.items():
         table.add_row(name, *(cell(s) for s in summaries.values()))
     return table
@@ -84,6 +87,8 @@ def draw_memory(axes, runs: dict[str, dict]) -> None:
         colour = COLOURS[mode]
         axes.plot(trace["milliseconds"], mib, drawstyle="steps-post", color=colour, linewidth=1.8, label=mode)
         axes.fill_between(trace["milliseconds"], mib, step="post", color=colour, alpha=0.12)
+        if trace.get("allocator_peak"):  # what the allocator itself counts, whole blocks
+            axes.axhline(trace["allocator_peak"] / MIB, color=colour, linestyle="--", linewidth=0.8, alpha=0.7)
         top = max(range(len(mib)), key=mib.__getitem__)
         axes.annotate(
             f"{mode}: {mib[top]:,.0f} MiB",

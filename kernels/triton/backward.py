@@ -12,6 +12,7 @@ from .filtering import Filter, make_filter
 from .forward import forward
 from .recompute import recompute
 from .rows import select
+from .tma import pack
 from .tuning import tuned_head
 
 
@@ -44,9 +45,10 @@ def backward(
     if not any(needs) or 0 in (head.n, head.v, head.d):
         return _zeros(problem, needs)
     rows, found = select(problem, norm, grads), make_filter(problem)
-    out = (
-        recompute(head, rows, needs, found) if plan.strategy == "recompute" else chunked(head, rows, needs, plan, found)
-    )
+    if plan.strategy == "recompute":
+        out = recompute(head, rows, needs, found)
+    else:
+        out = chunked(head, pack(head, rows) if head.config.logits.tma else rows, needs, plan, found)
     if report is not None and found is not None:
         report.append(found)
     return out

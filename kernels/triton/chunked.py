@@ -19,8 +19,9 @@ from .filtering import Filter
 from .head import Head, cdiv
 from .products import into_hidden, into_weight
 from .rows import Rows
+from .stored import RELEASE_ROWS, hold, release
 from .sweep import join
-from .tiles import RELEASE_ROWS, Scratch, hold, make_scratch, release, write_gradient
+from .tiles import Scratch, make_scratch, write_gradient
 
 
 def chunked(head: Head, rows: Rows, needs: Needs, plan: Plan, found: Filter | None = None) -> Grads:

@@ -78,12 +78,19 @@ def scratch_limit(head: Head) -> int:
     """
     if head.problem.workspace is not None:
         return head.problem.workspace
-    return default_scratch(head.n, head.d, head.v, head.problem.hidden.element_size())
+    return _default_limit(head.n, head.d, head.v, head.problem.hidden.element_size())
+
+
+def _default_limit(n: Any, d: Any, v: Any, item: int, largest: Any = max, smallest: Any = min) -> Any:
+    return _sums_bytes(n, d, item) + largest(DEFAULT_LEAST, smallest(DEFAULT_MOST, n * v * item // 8))
 
 
 def default_scratch(n: Any, d: Any, v: Any, item: int, largest: Any = max, smallest: Any = min) -> Any:
-    """`scratch_limit` where nobody says otherwise; sizes may be symbols, with the `largest` and `smallest` of two."""
-    return _sums_bytes(n, d, item) + largest(DEFAULT_LEAST, smallest(DEFAULT_MOST, n * v * item // 8))
+    """What is held of the default `scratch_limit`: all logits, where they fit, in the dtype of the inputs.
+
+    Sizes may be symbols, with the `largest` and `smallest` of two.
+    """
+    return smallest(n * v * item, _default_limit(n, d, v, item, largest, smallest))
 
 
 def _sums_bytes(n: Any, d: Any, item: int) -> Any:
@@ -116,7 +123,9 @@ def recompute_plan(head: Head, needs: Needs) -> Plan:
 
 
 def chunked_plans(head: Head, needs: Needs, blas: bool, forced: bool, with_stats: bool) -> list[Plan]:
-    t, size, limit = head.config.logits, head.problem.hidden.element_size(), scratch_limit(head)
+    t, size = head.config.logits, head.problem.hidden.element_size()
+    packed = head.packed_bytes if t.tma else 0  # held while tiles are written
+    limit = scratch_limit(head) - packed
     outputs = int(needs.hidden) + int(needs.weight)
     entries = float(head.n) * head.v * size
     columns = cdiv(head.v, t.cols) * t.cols
@@ -127,7 +136,7 @@ def chunked_plans(head: Head, needs: Needs, blas: bool, forced: bool, with_stats
 
     plans = []
     if with_stats and head.problem.epilogue.softcap is None and head.problem.filter_eps is None:
-        if head.n * columns * size <= limit:
+        if head.n * columns * size <= limit + packed:
             seconds = product_seconds(head, outputs + 1) + traffic_seconds(head, entries * (outputs + 3))
             # lse comes out of the same product; the plans below are charged with one for it.
             plans.append(Plan("held", columns, 0, blas, head.n * columns * size, seconds))
@@ -141,13 +150,13 @@ def chunked_plans(head: Head, needs: Needs, blas: bool, forced: bool, with_stats
         pieces = cdiv(columns, width)
         adding = 8.0 * head.n * head.d * pieces if needs.hidden and pieces > 1 else 0.0
         seconds = lse + product_seconds(head, 1 + outputs) + traffic_seconds(head, entries * (1 + outputs) + adding)
-        scratch = head.n * width * size + (sums if pieces > 1 else 0)
+        scratch = head.n * width * size + (sums if pieces > 1 else 0) + packed
         plans.append(Plan("chunked", width, 0, blas, scratch, seconds + 3 * LAUNCH * pieces))
     if needs.hidden and (not plans or plans[-1].strategy == "held"):
         height = max(t.rows, limit // (columns * size) // t.rows * t.rows)
         width = max(t.cols, widest(limit))
-        scratch = max(height * columns, head.n * width) * size
-        if scratch <= limit or forced:
+        scratch = max(height * columns, head.n * width) * size + packed
+        if scratch <= limit + packed or forced:
             pieces = cdiv(head.n, height) + cdiv(columns, width)
             seconds = lse + product_seconds(head, 2 * outputs) + traffic_seconds(head, entries * 2 * outputs)
             plans.append(Plan("chunked", width, height, blas, scratch, seconds + 2 * LAUNCH * pieces))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..combine import local_class_weight, statistics_dtype
 from ..spec import Problem
-from .device import machine_of
+from .device import machine_of, recording
 from .machines import Config, Machine
 from .rows import Rows
 
@@ -50,6 +50,22 @@ class Head:
         fast = self.machine.backend == "cuda" and torch.backends.cuda.matmul.allow_tf32
         return "tf32" if fast and self.problem.hidden.dtype == torch.float32 else "ieee"
 
+    def using(self, config: Config) -> Head:
+        """With other block shapes; without tensor descriptors where the tensors or the workspace do not allow them."""
+        p = self.problem
+        possible = _described(p.weight) and self.d * p.hidden.element_size() % 16 == 0 and p.filter_eps is None
+        if not possible or (p.workspace is not None and self.packed_bytes > p.workspace):
+            sweep, logits = (replace(tile, tma=False) for tile in (config.sweep, config.logits))
+            config = replace(config, sweep=sweep, logits=logits)
+        return replace(self, config=config)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of hidden with the kept rows first, for tensor descriptors; 0 where hidden itself will do."""
+        p = self.problem
+        all_kept = p.ignore_index is None or not p.skip_ignored
+        return 0 if all_kept and _described(p.hidden) else self.n * self.d * p.hidden.element_size()
+
     def args(self, rows: Rows) -> dict[str, Any]:
         """Arguments that every kernel with tiles of logits takes."""
         p, e = self.problem, self.problem.epilogue
@@ -85,15 +101,29 @@ class Head:
 
 def make_head(problem: Problem) -> Head:
     """Raises NotImplementedError for a device without kernels, ValueError for an unfit `class_weight`."""
-    machine = machine_of(problem.hidden.device)
-    weights = local_class_weight(problem) if problem.smooth else None
-    heavy = problem.smooth or problem.epilogue.softcap is not None
-    heavy = heavy or problem.bias is not None or problem.filter_eps is not None
-    # Masks at the end of the vocabulary take registers too.
-    plain = machine.config(problem.hidden.dtype)
-    heavy = heavy or any(problem.weight.shape[0] % tile.cols for tile in (plain.sweep, plain.logits))
-    config = machine.config(problem.hidden.dtype, heavy)
-    return Head(problem, machine, config, None if weights is None else weights.contiguous())
+    p, machine = problem, machine_of(problem.hidden.device)
+    weights = local_class_weight(p) if p.smooth else None
+    aligned = p.hidden.stride(1) == 1 and all(map(_aligned, (p.hidden, p.weight)))
+    plain = machine.config(p.hidden.dtype, aligned=aligned)
+    (v, d), tiles = p.weight.shape, (plain.sweep, plain.logits)
+    mask = any(v % t.cols for t in tiles)
+    extras = [p.smooth, p.epilogue.softcap is not None, p.bias is not None, mask, p.filter_eps is not None]
+    # Masks at the end of a row take registers too, and so do columns in the place of rows.
+    heavy = any(extras) or p.weight.stride(1) != 1 or any(d % t.depth for t in tiles)
+    config = machine.config(p.hidden.dtype, heavy, weights is not None or sum(extras) > 1, aligned)
+    return Head(problem, machine, config, None if weights is None else weights.contiguous()).using(config)
+
+
+def _aligned(matrix: Tensor) -> bool:
+    """Whether the compiler knows that 16 bytes can be loaded at once: from the strides, which it asks for multiples of 16."""
+    aligned = recording() or matrix.data_ptr() % 16 == 0
+    return aligned and 1 in matrix.stride() and max(matrix.stride()) % 16 == 0
+
+
+def _described(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor can load the rows of a matrix: contiguous, and each 16 bytes from an aligned address."""
+    aligned = recording() or matrix.data_ptr() % 16 == 0
+    return aligned and matrix.stride(1) == 1 and matrix.stride(0) * matrix.element_size() % 16 == 0
 
 
 def tl_dtype(dtype: torch.dtype) -> tl.dtype:

@@ -92,7 +92,7 @@ def _hidden_gradient(
         )  # fmt: skip
         at = weight_rows[:, None] + (d.to(tl.int64) * stride_wd)[None, :]
         if dropped is not None:
-            if negligible(dx, p[:, None], h[:, None], eps / tl.cdiv(V, OTHER), 1):
+            if negligible(dx, p, h, eps / tl.cdiv(V, OTHER), 1):
                 lost += tl.sum(tl.abs(dx), 1)
             else:
                 w = tl.load(at, mask=d[None, :] < D, other=0.0)
@@ -183,7 +183,7 @@ def _weight_gradient(
         )  # fmt: skip
         keep = True
         if dropped is not None:
-            keep = negligible(dx, p[None, :], h[None, :], eps / tl.cdiv(V, OWN), 0) == 0
+            keep = negligible(dx, p, h, eps / tl.cdiv(V, OWN), 0) == 0
         if keep:
             if d_bias is not None:
                 out_bias += tl.sum(dx, 1)

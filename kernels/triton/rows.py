@@ -23,7 +23,7 @@ from .device import launch
 
 @dataclass(frozen=True)
 class Rows:
-    """The kept rows, in order, at the front of (N,) buffers whose rest is undefined, or 0 for the coefficients.
+    """The kept rows, in order, at the front of (N,) buffers whose rest is undefined, or 0 for index and coefficients.
 
     dx_ic = prob_i exp(z_ic - max_i) - hit_i [c = column_i] - uniform_i w_c, for the product x before the epilogue
     (softcap aside).
@@ -37,6 +37,7 @@ class Rows:
     hit: Tensor | None = None  # (N,)
     uniform: Tensor | None = None  # (N,), None where `smooth` has no gradient
     unit: Tensor | None = None  # (1,) what every gradient still has to be multiplied by; None is 1
+    packed: Tensor | None = None  # (N, D) their hidden states, row 0 after them; for tensor descriptors
 
 
 @triton.jit
@@ -121,7 +122,8 @@ def select(problem: Problem, norm: Norm | None = None, grads: RowGrads | None = 
     """
     p, n, device = problem, problem.hidden.shape[0], problem.hidden.device
     dtype = statistics_dtype(p.hidden.dtype)
-    index, column = (torch.empty(n, dtype=torch.int32, device=device) for _ in range(2))
+    index = torch.zeros(n, dtype=torch.int32, device=device)
+    column = torch.empty(n, dtype=torch.int32, device=device)
     state = torch.empty(2, dtype=torch.int32, device=device)
     row_max = row_sumexp = kept_max = prob = hit = uniform = total = row_sum = unit = None
     grad_nll = grad_lse = grad_smooth = None

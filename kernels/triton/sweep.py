@@ -19,7 +19,8 @@ from ..spec import Partials, Stats
 from .device import launch
 from .head import Head, cdiv
 from .rows import Rows, select
-from .tile import columns, logits, product, swizzle
+from .tile import add_tile, columns, product, swizzle, tma_product
+from .tma import pack, tma_args
 
 Sums = TypeVar("Sums", Partials, Stats)
 
@@ -84,28 +85,22 @@ def _sweep(
             hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, OPERAND,
             PRECISION,
         )  # fmt: skip
-        z, _ = logits(x, bias, c[None, :], INNER, OUTER, CAPPED)
-        at_target += tl.sum(tl.where(at[None, :] == target[:, None], z, 0.0), 1)
-        if not EVEN_COLS:
-            z = tl.where(inside[None, :], z, float("-inf"))
-        now = tl.maximum(highest, tl.max(z, 1))
-        # Something finite to subtract while every logit so far is -inf.
-        shift = tl.where(now == float("-inf"), 0.0, now)
-        down = tl.where(highest == float("-inf"), 0.0, highest) - shift
-        below = z - shift[:, None]
-        total *= tl.exp(tl.where(highest == float("-inf"), float("-inf"), down))
-        total += tl.sum(tl.exp(below), 1)
-        if SMOOTH:
-            if not EVEN_COLS:
-                below = tl.where(inside[None, :], below, 0.0)
-            if class_weight is not None:
-                w = tl.load(class_weight + c, mask=inside, other=0.0)
-                smooth += weights * down + tl.sum(below * w[None, :], 1)
-                weights += tl.sum(w, 0)
-            else:
-                smooth += weights * down + tl.sum(below, 1)
-                weights += tl.sum(inside.to(ACC), 0)
-        highest = now
+        highest, total, at_target, smooth, weights = add_tile(
+            x, bias, class_weight, c, inside, at, target, highest, total, at_target, smooth, weights,
+            INNER, OUTER, CAPPED, SMOOTH, EVEN_COLS,
+        )  # fmt: skip
+    _store_parts(
+        part_max, part_sum, part_target, part_smooth, part_weight, split, N, place, kept, highest, total, at_target,
+        smooth, weights, SMOOTH,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_parts(
+    part_max, part_sum, part_target, part_smooth, part_weight, split, N, place, kept, highest, total, at_target,
+    smooth, weights, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """The sums of the rows at `place` over one split of the vocabulary."""
     out = split * tl.full((), N, tl.int64) + place
     tl.store(part_max + out, highest, mask=kept)
     tl.store(part_sum + out, total, mask=kept)
@@ -114,6 +109,69 @@ def _sweep(
         tl.store(part_smooth + out, smooth, mask=kept)
         # Every row block writes the same number.
         tl.store(part_weight + split + tl.arange(0, 1), weights)
+
+
+@triton.jit
+def _sweep_tma(
+    packed,  # (N, D), kept rows first
+    weight,  # (V, D)
+    bias,
+    class_weight,
+    column,
+    state,
+    part_max,  # (SPLITS, N)
+    part_sum,
+    part_target,
+    part_smooth,
+    part_weight,
+    N,
+    V,
+    D,
+    stride_pn,
+    stride_wv,
+    blocks,
+    splits,
+    tiles,
+    GROUP,
+    PROGRAMS,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+):
+    """`_sweep` through tensor descriptors, by a fixed number of programs that each take one part after another."""
+    a = tl.make_tensor_descriptor(packed, [N, D], [stride_pn, 1], [ROWS, DEPTH])
+    b = tl.make_tensor_descriptor(weight, [V, D], [stride_wv, 1], [COLS, DEPTH])
+    count = tl.load(state)
+    for part in range(tl.program_id(0), blocks * splits, PROGRAMS):
+        block, split = swizzle(part, blocks, splits, GROUP)
+        if block * ROWS < count:
+            place = block * ROWS + tl.arange(0, ROWS)
+            kept = place < count
+            target = tl.load(column + place, mask=kept, other=-1)
+            highest = tl.full((ROWS,), float("-inf"), dtype=ACC)
+            total = tl.zeros((ROWS,), dtype=ACC)
+            at_target = tl.zeros((ROWS,), dtype=ACC)
+            smooth = tl.zeros((ROWS,), dtype=ACC)
+            weights = tl.zeros((1,), dtype=ACC)
+            for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, COLS))):
+                c, inside, at = columns(tile, None, V, COLS, EVEN_COLS, False)
+                x = tma_product(a, b, block * ROWS, tile * COLS, D, ROWS, COLS, DEPTH, ACC, OPERAND, PRECISION)
+                highest, total, at_target, smooth, weights = add_tile(
+                    x, bias, class_weight, c, inside, at, target, highest, total, at_target, smooth, weights,
+                    INNER, OUTER, CAPPED, SMOOTH, EVEN_COLS,
+                )  # fmt: skip
+            _store_parts(
+                part_max, part_sum, part_target, part_smooth, part_weight, split, N, place, kept, highest, total,
+                at_target, smooth, weights, SMOOTH,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -234,29 +292,30 @@ def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
     # Zeros, as a count of 0 leaves them unwritten.
     parts.append(torch.zeros(splits, dtype=head.dtype, device=device) if problem.smooth else None)
     blocks = cdiv(head.n, t.rows)
-    launch(
-        device,
-        _sweep,
-        (blocks * splits,),
-        t.options,
-        **head.args(rows),
-        part_max=parts[0],
-        part_sum=parts[1],
-        part_target=parts[2],
-        part_smooth=parts[3],
-        part_weight=parts[4],
-        N=head.n,
-        blocks=blocks,
-        splits=splits,
-        tiles=per_split,
-        GROUP=head.group(t.rows),
-        SMOOTH=problem.smooth,
-        ROWS=t.rows,
-        COLS=t.cols,
-        DEPTH=t.depth,
-        EVEN_COLS=head.v % t.cols == 0,
-        EVEN_DEPTH=head.d % t.depth == 0,
-    )
+    shared = {
+        "part_max": parts[0],
+        "part_sum": parts[1],
+        "part_target": parts[2],
+        "part_smooth": parts[3],
+        "part_weight": parts[4],
+        "N": head.n,
+        "blocks": blocks,
+        "splits": splits,
+        "tiles": per_split,
+        "GROUP": head.group(t.rows),
+        "SMOOTH": problem.smooth,
+        "ROWS": t.rows,
+        "COLS": t.cols,
+        "DEPTH": t.depth,
+        "EVEN_COLS": head.v % t.cols == 0,
+    }
+    if t.tma:
+        programs = min(head.machine.processors, blocks * splits)
+        args = tma_args(head, pack(head, rows))
+        launch(device, _sweep_tma, (programs,), t.options, **args, **shared, PROGRAMS=programs)
+    else:
+        grid, even = (blocks * splits,), head.d % t.depth == 0
+        launch(device, _sweep, grid, t.options, **head.args(rows), **shared, EVEN_DEPTH=even)
     return parts
 
 

@@ -60,6 +60,29 @@ def product(
 
 
 @triton.jit
+def tma_product(
+    a,  # tensor descriptor of (rows, D), tiles of (A, DEPTH)
+    b,  # tensor descriptor of (rows, D), tiles of (B, DEPTH)
+    row_a,
+    row_b,
+    D,
+    A: tl.constexpr,
+    B: tl.constexpr,
+    DEPTH: tl.constexpr,
+    ACC: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`product` of A rows from row_a on and B rows from row_b on; entries outside count as 0."""
+    out = tl.zeros((A, B), dtype=ACC)
+    for start in range(0, D, DEPTH):
+        x = a.load([row_a, start])
+        y = tl.trans(b.load([row_b, start]))
+        out = tl.dot(x.to(OPERAND), y.to(OPERAND), out, input_precision=PRECISION, out_dtype=ACC)
+    return out
+
+
+@triton.jit
 def tanh(x, PRECISE: tl.constexpr):
     """tanh(x), off by 2^-23; where PRECISE by a few units in the last place, for small x too."""
     if not PRECISE:
@@ -111,6 +134,54 @@ def logits(x, bias, column, INNER: tl.constexpr, OUTER: tl.constexpr, CAPPED: tl
         t = tanh(x, CAPPED == 2)
         return t * OUTER, t
     return x, x
+
+
+@triton.jit
+def add_tile(
+    x,
+    bias,
+    class_weight,
+    column,
+    inside,
+    place,
+    target,
+    highest,
+    total,
+    at_target,
+    smooth,
+    weights,
+    INNER: tl.constexpr,
+    OUTER: tl.constexpr,
+    CAPPED: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    EVEN_COLS: tl.constexpr,
+):
+    """A row's sums so far (A,) with one more tile of products x (A, B): the online softmax of arXiv 2411.09009, 4.1.
+
+    The sums are the largest logit, sum exp(z - max), the target's logit, and for SMOOTH sum w (z - max) and sum w (1,).
+    """
+    z, _ = logits(x, bias, column[None, :], INNER, OUTER, CAPPED)
+    at_target += tl.sum(tl.where(place[None, :] == target[:, None], z, 0.0), 1)
+    if not EVEN_COLS:
+        z = tl.where(inside[None, :], z, float("-inf"))
+    now = tl.maximum(highest, tl.max(z, 1))
+    # Something finite to subtract while every logit so far is -inf.
+    shift = tl.where(now == float("-inf"), 0.0, now)
+    down = tl.where(highest == float("-inf"), 0.0, highest) - shift
+    below = z - shift[:, None]
+    if SMOOTH:
+        # Before the exponentials, so that no two tiles are needed at once.
+        finite = below if EVEN_COLS else tl.where(inside[None, :], below, 0.0)
+        if class_weight is not None:
+            w = tl.load(class_weight + column, mask=inside, other=0.0)
+            smooth += weights * down + tl.sum(finite * w[None, :], 1)
+            weights += tl.sum(w, 0)
+        else:
+            smooth += weights * down + tl.sum(finite, 1)
+            weights += tl.sum(inside.to(x.dtype), 0)
+    total *= tl.exp(tl.where(highest == float("-inf"), float("-inf"), down))
+    total += tl.sum(tl.exp(below), 1)
+    return now, total, at_target, smooth, weights
 
 
 @triton.jit
@@ -184,11 +255,12 @@ def rows_at(place, kept, index, column, highest, prob, hit, uniform):
 
 @triton.jit
 def negligible(dx, prob, hit, share, CLASSES: tl.constexpr):
-    """Whether every row's sum of |dx| over the tile's classes is at most that share of its coefficients.
+    """Whether every row's sum of |dx| over the tile's classes is at most that share of its coefficients (R,).
 
-    prob and hit broadcast against dx, whose axis CLASSES the classes are on. A block filter as in arXiv 2411.09009,
-    section 4.3, on sums, so that the shares of all tiles are a bound for the row. Written so that a NaN is never negligible.
+    CLASSES is the axis of dx that the classes are on. A block filter as in arXiv 2411.09009, section 4.3, on sums, so that
+    the shares of all tiles are a bound for the row. Written so that a NaN is never negligible.
     """
     scale = tl.maximum(tl.abs(prob), tl.abs(hit))
-    large = (tl.sum(tl.abs(dx), CLASSES, keep_dims=True) <= share * scale) == 0
-    return tl.max(tl.max(large.to(tl.int32), 1), 0) == 0
+    large = (tl.sum(tl.abs(dx), CLASSES) <= share * scale) == 0
+    # As one row of all: triton 3.6 cannot compile a maximum of a vector of sums for tensor memory (Blackwell).
+    return tl.max(tl.reshape(large.to(tl.int32), (1, large.numel))) == 0

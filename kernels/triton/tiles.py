@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tiles of the logits' gradient, written to scratch memory for the two products of the chunked backward.
-
-`write_gradient` recomputes them from the norm. `hold` and `release` are the pair that computes each tile once: the first
-writes exp(z - max) with the tile's own maximum, so that rounding to the inputs' dtype costs a relative 2^-9 and not the
-absolute error of a rounded logit; the second turns that into the gradient when the norm is known.
-"""
+"""Tiles of the logits' gradient, recomputed from the norm into scratch memory for the two products of the chunked backward."""
 
 from __future__ import annotations
 
@@ -15,15 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..spec import Norm
 from .device import launch
 from .filtering import Filter
 from .head import Head, cdiv
-from .machines import Tile
 from .rows import Rows
-from .tile import columns, gradient, logits, narrow, negligible, product, rows_at, swizzle
-
-RELEASE_ROWS = 32  # rows to a block of `release`
+from .tile import columns, gradient, narrow, negligible, product, rows_at, swizzle, tma_product
+from .tma import tma_args
 
 
 @dataclass(frozen=True)
@@ -124,7 +116,22 @@ def _write_gradient(
     x = product(
         hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
     )
-    # After the product, in whose loop they would take registers.
+    _put_gradient(
+        x, bias, class_weight, index, column, highest, prob, hit, uniform, scratch, bias_parts, flags, lost_rows,
+        lost_columns, eps, N, V, width, block, tile, tiles, first_block, c, inside, place, kept,
+        INNER, OUTER, CAPPED, OPERAND, BY_ROW, ROWS, COLS, EVEN_COLS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _put_gradient(
+    x, bias, class_weight, index, column, highest, prob, hit, uniform, scratch, bias_parts, flags, lost_rows,
+    lost_columns, eps, N, V, width, block, tile, tiles, first_block, c, inside, place, kept,
+    INNER: tl.constexpr, OUTER: tl.constexpr, CAPPED: tl.constexpr, OPERAND: tl.constexpr, BY_ROW: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, EVEN_COLS: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of a tile of products x (ROWS, COLS) of the rows at `place` and the classes c."""
+    # The rows' numbers are loaded after the product, in whose loop they would take registers.
     row, target, row_top, p, h, u = rows_at(place, kept, index, column, highest, prob, hit, uniform)
     dx = gradient(
         x, bias, class_weight, c[None, :], target[:, None], row_top[:, None], p[:, None], h[:, None], u[:, None],
@@ -132,7 +139,7 @@ def _write_gradient(
     )  # fmt: skip
     at = tile * COLS + tl.arange(0, COLS)
     if flags is not None:
-        skip = negligible(dx, p[:, None], h[:, None], eps / tl.cdiv(V, COLS), 1)
+        skip = negligible(dx, p, h, eps / tl.cdiv(V, COLS), 1)
         tl.store(flags + block * tiles + tile, (skip == 0).to(tl.int8))
         lost = tl.where(skip, tl.abs(dx), 0.0)
         dx = tl.where(skip, 0.0, dx)
@@ -146,237 +153,104 @@ def _write_gradient(
 
 
 @triton.jit
-def _hold(
-    hidden,
-    weight,
+def _write_gradient_tma(
+    packed,  # (N, D), kept rows first
+    weight,  # (V, D)
     bias,
     class_weight,
     index,
     column,
     state,
-    scratch,  # (N, width)
-    part_max,  # (tiles, N)
-    part_sum,
-    part_target,
-    part_smooth,
-    part_weight,  # (tiles,)
+    highest,
+    prob,
+    hit,
+    uniform,
+    scratch,  # (height, width)
+    bias_parts,  # (blocks, width) or None
     N,
     V,
     D,
-    stride_hn,
-    stride_hd,
+    stride_pn,
     stride_wv,
-    stride_wd,
     width,
     blocks,
     tiles,
+    first_block,
+    first_tile,
     GROUP,
+    PROGRAMS,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     CAPPED: tl.constexpr,
     ACC: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    SMOOTH: tl.constexpr,
     BY_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     DEPTH: tl.constexpr,
     EVEN_COLS: tl.constexpr,
-    EVEN_DEPTH: tl.constexpr,
 ):
-    block, tile = swizzle(tl.program_id(0), blocks, tiles, GROUP)
+    """`_write_gradient` through tensor descriptors, without a filter, by programs that take one tile after another."""
+    a = tl.make_tensor_descriptor(packed, [N, D], [stride_pn, 1], [ROWS, DEPTH])
+    b = tl.make_tensor_descriptor(weight, [V, D], [stride_wv, 1], [COLS, DEPTH])
     count = tl.load(state)
-    if block * ROWS >= count:
-        return
-    place = block * ROWS + tl.arange(0, ROWS)
-    kept = place < count
-    row = tl.load(index + place, mask=kept, other=0)
-    target = tl.load(column + place, mask=kept, other=-1)
-    c, inside, at = columns(tile, None, V, COLS, EVEN_COLS, False)
-    hidden_rows = hidden + row.to(tl.int64) * stride_hn
-    weight_rows = weight + c.to(tl.int64) * stride_wv
-    x = product(
-        hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, OPERAND, PRECISION
-    )
-    z, _ = logits(x, bias, c[None, :], INNER, OUTER, CAPPED)
-    at_target = tl.sum(tl.where(at[None, :] == target[:, None], z, 0.0), 1)
-    z = tl.where(inside[None, :], z, float("-inf"))
-    highest = tl.max(z, 1)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    e = tl.exp(z - shift[:, None])
-    part = tile * tl.full((), N, tl.int64) + place
-    tl.store(part_max + part, highest, mask=kept)
-    tl.store(part_sum + part, tl.sum(e, 1), mask=kept)
-    tl.store(part_target + part, at_target, mask=kept)
-    if SMOOTH:
-        if class_weight is not None:
-            w = tl.load(class_weight + c, mask=inside, other=0.0)
-        else:
-            w = inside.to(ACC)
-        spread = tl.where(inside[None, :], (z - shift[:, None]) * w[None, :], 0.0)
-        tl.store(part_smooth + part, tl.sum(spread, 1), mask=kept)
-        tl.store(part_weight + tile + tl.arange(0, 1), tl.sum(w, 0)[None])
-    line = row if BY_ROW else place
-    out = scratch + line.to(tl.int64)[:, None] * width + at[None, :]
-    tl.store(out, narrow(e, scratch.dtype.element_ty, OPERAND), mask=kept[:, None] & inside[None, :])
-
-
-@triton.jit
-def _release(
-    class_weight,
-    index,
-    column,
-    state,
-    row_max,  # (N,) by row
-    row_sumexp,
-    prob,
-    hit,
-    uniform,
-    scratch,  # (N, width)
-    part_max,  # (tiles, N)
-    bias_parts,  # (blocks, width) or None
-    N,
-    V,
-    width,
-    pieces,
-    ACC: tl.constexpr,
-    OPERAND: tl.constexpr,
-    BY_ROW: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-    TILE: tl.constexpr,  # classes that share a maximum, a multiple of COLS
-    EVEN_COLS: tl.constexpr,
-):
-    block, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
-    count = tl.load(state)
-    if block * ROWS >= count:
-        return
-    place = block * ROWS + tl.arange(0, ROWS)
-    kept = place < count
-    row, target, _, p, h, u = rows_at(place, kept, index, column, hit, prob, hit, uniform)
-    tile = piece * COLS // TILE
-    highest = tl.load(part_max + tile * tl.full((), N, tl.int64) + place, mask=kept, other=0.0)
-    highest = tl.where(highest == float("-inf"), 0.0, highest)
-    scale = tl.exp(highest - tl.load(row_max + row, mask=kept, other=0.0)) * p
-    scale /= tl.load(row_sumexp + row, mask=kept, other=1.0)
-    c, inside, at = columns(piece, None, V, COLS, EVEN_COLS, False)
-    line = row if BY_ROW else place
-    mask = kept[:, None] & inside[None, :]
-    out = scratch + line.to(tl.int64)[:, None] * width + at[None, :]
-    dx = tl.load(out, mask=mask, other=0.0).to(ACC) * scale[:, None]
-    dx = tl.where(at[None, :] == target[:, None], dx - h[:, None], dx)
-    if uniform is not None:
-        if class_weight is not None:
-            dx -= u[:, None] * tl.load(class_weight + c)[None, :]
-        else:
-            dx -= u[:, None]
-    dx = tl.where(mask, dx, 0.0)
-    if bias_parts is not None:
-        tl.store(bias_parts + block * tl.full((), width, tl.int64) + at, tl.sum(dx, 0), mask=inside)
-    tl.store(out, narrow(dx, scratch.dtype.element_ty, OPERAND), mask=mask)
+    for at in range(tl.program_id(0), blocks * tiles, PROGRAMS):
+        block, tile = swizzle(at, blocks, tiles, GROUP)
+        start = (first_block + block) * ROWS
+        if start < count:
+            x = tma_product(a, b, start, (first_tile + tile) * COLS, D, ROWS, COLS, DEPTH, ACC, OPERAND, PRECISION)
+            place = start + tl.arange(0, ROWS)
+            c, inside, _ = columns(first_tile + tile, None, V, COLS, EVEN_COLS, False)
+            _put_gradient(
+                x, bias, class_weight, index, column, highest, prob, hit, uniform, scratch, bias_parts, None, None,
+                None, 0.0, N, V, width, block, tile, tiles, first_block, c, inside, place, place < count,
+                INNER, OUTER, CAPPED, OPERAND, BY_ROW, ROWS, COLS, EVEN_COLS,
+            )  # fmt: skip
 
 
 def write_gradient(head: Head, rows: Rows, s: Scratch, found: Filter | None, place: int, start: int, stop: int) -> None:
     """Fill `s` with the gradient of kept rows from `place` on and classes [start, stop) in the filter's order."""
-    t = head.config.logits
+    t, device = head.config.logits, head.problem.hidden.device
     height = min(s.tile.shape[0], head.n - place)
     blocks, tiles = cdiv(height, t.rows), cdiv(stop - start, t.cols)
+    shared = {
+        "index": rows.index,
+        "highest": rows.max,
+        "prob": rows.prob,
+        "hit": rows.hit,
+        "uniform": rows.uniform,
+        "scratch": s.tile,
+        "bias_parts": s.bias,
+        "N": head.n,
+        "width": s.tile.shape[1],
+        "blocks": blocks,
+        "tiles": tiles,
+        "first_block": place // t.rows,
+        "first_tile": start // t.cols,
+        "GROUP": head.group(t.rows),
+        "BY_ROW": s.by_row,
+        "ROWS": t.rows,
+        "COLS": t.cols,
+        "DEPTH": t.depth,
+        "EVEN_COLS": head.v % t.cols == 0,
+    }
+    if t.tma:
+        programs = min(head.machine.processors, blocks * tiles)
+        args = tma_args(head, rows)
+        launch(device, _write_gradient_tma, (programs,), t.options, **args, **shared, PROGRAMS=programs)
+        return
     launch(
-        head.problem.hidden.device,
+        device,
         _write_gradient,
         (blocks * tiles,),
         t.options,
-        **head.args(rows),
-        highest=rows.max,
-        prob=rows.prob,
-        hit=rows.hit,
-        uniform=rows.uniform,
+        **head.args(rows) | shared,
         order=None if found is None else found.order,
-        scratch=s.tile,
-        bias_parts=s.bias,
         flags=s.flags,
         lost_rows=s.lost_rows,
         lost_columns=s.lost_columns,
         eps=0.0 if found is None else found.eps,
-        N=head.n,
-        width=s.tile.shape[1],
-        blocks=blocks,
-        tiles=tiles,
-        first_block=place // t.rows,
-        first_tile=start // t.cols,
-        GROUP=head.group(t.rows),
-        BY_ROW=s.by_row,
         ORDERED=found is not None,
-        ROWS=t.rows,
-        COLS=t.cols,
-        DEPTH=t.depth,
-        EVEN_COLS=head.v % t.cols == 0,
         EVEN_DEPTH=head.d % t.depth == 0,
-    )
-
-
-def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
-    """Fill `s` (N, V) with exp(z - max); returns the parts of each tile for `sweep.join`."""
-    p, t = head.problem, head.config.logits
-    blocks, tiles = cdiv(head.n, t.rows), cdiv(head.v, t.cols)
-    new = lambda *shape: torch.empty(*shape, dtype=head.dtype, device=p.hidden.device)  # noqa: E731
-    parts: list[Tensor | None] = [new(tiles, head.n) for _ in range(3)]
-    parts += [new(tiles, head.n), torch.zeros_like(new(tiles))] if p.smooth else [None, None]
-    launch(
-        p.hidden.device,
-        _hold,
-        (blocks * tiles,),
-        t.options,
-        **head.args(rows),
-        scratch=s.tile,
-        width=s.tile.shape[1],
-        part_max=parts[0],
-        part_sum=parts[1],
-        part_target=parts[2],
-        part_smooth=parts[3],
-        part_weight=parts[4],
-        N=head.n,
-        blocks=blocks,
-        tiles=tiles,
-        GROUP=head.group(t.rows),
-        SMOOTH=p.smooth,
-        BY_ROW=s.by_row,
-        ROWS=t.rows,
-        COLS=t.cols,
-        DEPTH=t.depth,
-        EVEN_COLS=head.v % t.cols == 0,
-        EVEN_DEPTH=head.d % t.depth == 0,
-    )
-    return parts
-
-
-def release(head: Head, rows: Rows, s: Scratch, part_max: Tensor, norm: Norm) -> None:
-    """Turn what `hold` left in `s` into the gradient, with the norm (N,)."""
-    args, tile = head.args(rows), head.config.logits.cols
-    r = Tile(RELEASE_ROWS, min(64, tile), 0, 4, 1)
-    blocks, pieces = cdiv(head.n, r.rows), cdiv(head.v, r.cols)
-    shared = ("class_weight", "index", "column", "state", "V", "ACC", "OPERAND")
-    launch(
-        head.problem.hidden.device,
-        _release,
-        (blocks * pieces,),
-        {"num_warps": r.warps},
-        **{name: args[name] for name in shared},
-        row_max=norm.max,
-        row_sumexp=norm.sumexp,
-        prob=rows.prob,
-        hit=rows.hit,
-        uniform=rows.uniform,
-        scratch=s.tile,
-        part_max=part_max,
-        bias_parts=s.bias,
-        N=head.n,
-        width=s.tile.shape[1],
-        pieces=pieces,
-        BY_ROW=s.by_row,
-        ROWS=r.rows,
-        COLS=r.cols,
-        TILE=tile,
-        EVEN_COLS=head.v % r.cols == 0,
     )

@@ -33,7 +33,7 @@ def tuned_head(problem: Problem) -> Head:
     key = (head.machine.name, p.hidden.dtype, *p.weight.shape, p.smooth, p.epilogue.softcap is None, p.bias is None)
     tiles = tiles_to_try(head.machine, p.hidden.dtype)
     few = replace(head, problem=p)
-    return replace(head, config=tuned(head.config, tiles, key, lambda c: run(replace(few, config=c), Partials)))
+    return head.using(tuned(head.config, tiles, key, lambda c: run(few.using(c), Partials)))
 
 
 def tiles_to_try(machine: Machine, dtype: torch.dtype) -> list[Tile]:

@@ -10,6 +10,7 @@ import torch
 from torch.fx import Node
 
 from ..._torch import is_concrete_int
+from ..autocast import autocast_at
 from ..canonical import canonical
 from ..registry import Call, Outcome, is_constant, rule
 from ..values import Decline, LogitsView, Operand, Reason, value_of
@@ -66,23 +67,7 @@ def _multiplies(head: Node, result: torch.dtype, dtypes: set[torch.dtype]) -> bo
     if len(dtypes) == 1:
         return True
     low = result in (torch.bfloat16, torch.float16) and torch.float64 not in dtypes
-    return low and _under_autocast(head)
-
-
-def _under_autocast(node: Node) -> bool:
-    """Whether autocast is on at a node: around the graph, or from an entry in it that is not left before the node."""
-    entered: list[Node] = []
-    for n in node.graph.nodes:
-        if n is node:
-            break
-        name = getattr(n.target, "__name__", "")
-        if name == "_enter_autocast":
-            entered.append(n)
-        elif name == "_exit_autocast" and n.args and n.args[0] in entered:
-            entered.remove(n.args[0])  # type: ignore[arg-type]
-    if entered:
-        return Call(entered[-1], {}).arg(2, "enabled", True) is not False
-    return torch.is_autocast_enabled(value_of(node).device.type)
+    return low and autocast_at(head) is not None
 
 
 def transposed(node: Node) -> Operand:

@@ -34,7 +34,7 @@ CCE: dict[str, Any] = {"backend": "cce", "options": {"inner": "aot_eager"}}
 
 @dataclass(frozen=True)
 class Allocations:
-    """What a call allocated on the CPU, as the profiler was told by torch's allocator."""
+    """What a call allocated on its device, as torch's allocator tells."""
 
     largest: int  # bytes of the largest single allocation
     result: Any
@@ -45,11 +45,11 @@ class Allocations:
         return self.largest >= LOGITS_BYTES // 2
 
 
-def allocations(run: Callable[[], Any]) -> Allocations:
+def allocations(run: Callable[[], Any], device: torch.device | str = "cpu") -> Allocations:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the profiler's own, of clearing events
-        result, changes = measure.allocations(run)
-    return Allocations(max(changes), result)
+        result, changes = measure.allocations(run, str(device))
+    return Allocations(max(changes, default=0), result)
 
 
 def llama(**config: Any) -> nn.Module:
@@ -97,3 +97,14 @@ def assert_same_weights(ours: nn.Module, eager: nn.Module, rtol: float = 1e-4, a
     assert a.keys() == b.keys()
     for name in b:
         torch.testing.assert_close(a[name], b[name], rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def tokenizer() -> Any:
+    """The least of a tokenizer: one word for each id."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCAB)}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w1"
+    )

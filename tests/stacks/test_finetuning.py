@@ -15,7 +15,19 @@ from torch import Tensor, nn
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from .support import CCE, LENGTH, TRAINER, VOCAB, WIDTH, Tokens, allocations, assert_same_weights, batch, llama
+from .support import (
+    CCE,
+    LENGTH,
+    TRAINER,
+    VOCAB,
+    WIDTH,
+    Tokens,
+    allocations,
+    assert_same_weights,
+    batch,
+    llama,
+    tokenizer,
+)
 
 
 def sft(folder: Path, compiled: bool, model: nn.Module | None = None, **arguments: Any) -> SFTTrainer:
@@ -36,27 +48,13 @@ def sft(folder: Path, compiled: bool, model: nn.Module | None = None, **argument
         args=SFTConfig(**(settings | arguments)),
         train_dataset=data,
         data_collator=_stacked,
-        processing_class=_Tokenizer.make(),
+        processing_class=tokenizer(),
     )
 
 
 def _stacked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     made = {name: torch.tensor([r[name] for r in rows]) for name in ("input_ids", "labels")}
     return made | {"attention_mask": torch.ones_like(made["input_ids"])}
-
-
-class _Tokenizer:
-    """The least of a tokenizer: one word for each id."""
-
-    @staticmethod
-    def make() -> Any:
-        from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
-
-        words = {f"w{i}": i for i in range(VOCAB)}
-        return PreTrainedTokenizerFast(
-            tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), pad_token="w0", eos_token="w1"
-        )
 
 
 @pytest.mark.parametrize(

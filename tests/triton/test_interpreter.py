@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the tests in `interpreted/`, whose process must have TRITON_INTERPRET=1 before triton is imported."""
+"""Runs the tests of `tests/gpu` in processes that have TRITON_INTERPRET=1 before triton is imported."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-HERE = Path(__file__).parent
-ROOT = HERE.parent.parent
+ROOT = Path(__file__).parent.parent.parent
 
 
-@pytest.mark.parametrize("path", sorted((HERE / "interpreted").glob("test_*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "tests" / "gpu").glob("test_*.py")), ids=lambda p: p.stem)
 def test_in_the_interpreter(path: Path, request: pytest.FixtureRequest) -> None:
     # An installed cce_fx is found as it is; in a checkout it is found at the root.
     path_list = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])

@@ -17,6 +17,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter takes the compiler's place in this process", allow_module_level=True)
 
 from benchmarks import passes, static_gpu
+from benchmarks.__main__ import main
 from cce_fx.kernels.triton.machines import BY_ARCH, MACHINES
 
 PAPER = (8192, 2304, 256000)
@@ -35,6 +36,16 @@ def test_loops_do_as_much_on_tensor_cores_as_the_peers(arch: str) -> None:
     assert ours.pop("_sweep") >= apple["_cce_lse_forward_kernel"]
     assert ours and min(ours.values()) >= apple["_cce_backward_kernel"]
     assert not liger  # its products are BLAS's
+
+
+@pytest.mark.parametrize("arch", ["sm_90", "sm_100"])
+@pytest.mark.parametrize("shape", [PAPER, (8192, 4096, 128256)], ids=str)
+def test_tensor_descriptors_cost_fewer_instructions(arch: str, shape: tuple[int, int, int]) -> None:
+    problem, machine = passes.bfloat16_problem(*shape), BY_ARCH[arch]
+    without, through = (densities(passes.ours(problem, machine, tma=tma), arch) for tma in (False, True))
+    assert set(through) == {f"{name}_tma" for name in without}
+    for name, density in without.items():
+        assert through[f"{name}_tma"] >= density
 
 
 @pytest.mark.parametrize("card", static_gpu.CARDS)
@@ -58,8 +69,11 @@ def test_the_model_counts_the_products_of_the_cost_table() -> None:
 
 def test_the_command_prints_tables_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "static.json"
-    static_gpu.main(["--shape", "512,256,4096", "--arch", "sm_90", "--json", str(path)])
-    printed, written = capsys.readouterr().out, json.loads(path.read_text())
+    static_gpu.main(["--shape", "8192,256,4096", "--arch", "sm_90", "--json", str(path)])
+    printed, rows = capsys.readouterr().out, json.loads(path.read_text())["rows"]
+    kernels = [r for r in rows if r["table"] == "kernels"]
     assert "cut-cross-entropy" in printed and "liger-kernel" in printed and "MI300X" in printed
-    assert {r["kernel"] for r in written["kernels"]} >= {"_sweep", "_hidden_gradient", "_cce_backward_kernel"}
-    assert all(r["spills"] == 0 for r in written["kernels"] if r["implementation"].startswith("cce_fx"))
+    assert {r["kernel"] for r in kernels} >= {"_sweep", "_sweep_tma", "_hidden_gradient", "_cce_backward_kernel"}
+    assert all(r["spills"] == 0 for r in kernels if r["implementation"].startswith("cce_fx"))
+    main(["report", str(path)])
+    assert "`_sweep_tma`" in capsys.readouterr().out

@@ -39,7 +39,7 @@ def is_gathering(hook: Callable[..., Any]) -> bool:
     """Whether a tensor's hook is the one with which FSDP gathers a module's weights before its backward."""
     if _LOADED not in sys.modules:
         return False
-    from ._torch import FSDPState
+    from .._torch import FSDPState
 
     return isinstance(getattr(hook, "__self__", None), FSDPState)
 
@@ -48,7 +48,7 @@ def _managed(weight: Tensor) -> tuple[Any, Any] | None:
     """FSDP's group of parameters and its parameter behind a gathered weight."""
     if _LOADED not in sys.modules or not isinstance(weight, Parameter):
         return None
-    from ._torch import FSDPState, composable_states
+    from .._torch import FSDPState, composable_states
 
     for reference in list(composable_states.values()):
         state = reference()

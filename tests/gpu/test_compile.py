@@ -24,15 +24,18 @@ class Model(nn.Module):
         return F.cross_entropy(logits.view(-1, 97), labels.view(-1), label_smoothing=smoothing)
 
 
+pytestmark = pytest.mark.gpu
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_compiled_model_trains_through_the_triton_kernels(bias, smoothing, monkeypatch):
+def test_a_compiled_model_trains_through_the_triton_kernels(device, bias, smoothing, monkeypatch):
     calls = []
     for name in ("forward", "forward_backward"):
         real = getattr(triton, name)
         monkeypatch.setattr(triton, name, lambda *a, _real=real, _name=name, **k: calls.append(_name) or _real(*a, **k))
     torch.manual_seed(0)
-    model, tokens = Model(bias), torch.randint(97, (3, 11))
+    model, tokens = Model(bias).to(device), torch.randint(97, (3, 11), device=device)
     labels = tokens.roll(-1, 1)
     labels[:, -1] = -100
     expected = model(tokens, labels, smoothing)

@@ -12,6 +12,9 @@ from cce_fx.kernels import triton
 from cce_fx.kernels.spec import Grads, Problem, RowGrads
 from tests.kernels.contract import ALL, small
 
+from .support import Kernels
+
+pytestmark = pytest.mark.gpu
 STRATEGIES = ("recompute", "chunked")
 
 
@@ -25,20 +28,20 @@ def peaked(dtype: torch.dtype = torch.float32) -> Problem:
     return replace(p, hidden=p.hidden / 8, target=target)
 
 
-def run(p: Problem, strategy: str) -> tuple[Grads, Grads, triton.Filter]:
-    norm, grads = triton.forward(p).norm, RowGrads(torch.linspace(0.5, 1, p.hidden.shape[0]))
-    exact = triton.backward(replace(p, filter_eps=None), norm, grads, ALL, strategy=strategy)
+def run(kernels: Kernels, p: Problem, strategy: str) -> tuple[Grads, Grads, triton.Filter]:
+    norm, grads = kernels.forward(p).norm, RowGrads(torch.linspace(0.5, 1, p.hidden.shape[0]))
+    exact = kernels.backward(replace(p, filter_eps=None), norm, grads, ALL, strategy=strategy)
     report: list[triton.Filter] = []
-    found = triton.backward(p, norm, grads, ALL, strategy=strategy, report=report)
+    found = kernels.backward(p, norm, grads, ALL, strategy=strategy, report=report)
     assert len(report) == 1
     return exact, found, report[0]
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("eps", [1e-6, 2.0**-12, 1e-1, 1000.0])
-def test_the_error_is_within_the_bound(strategy: str, eps: float) -> None:
+def test_the_error_is_within_the_bound(kernels: Kernels, strategy: str, eps: float) -> None:
     p = replace(peaked(), filter_eps=eps)
-    exact, found, report = run(p, strategy)
+    exact, found, report = run(kernels, p, strategy)
     assert exact.hidden is not None and found.hidden is not None
     assert exact.weight is not None and found.weight is not None
     assert exact.bias is not None and found.bias is not None
@@ -52,9 +55,9 @@ def test_the_error_is_within_the_bound(strategy: str, eps: float) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_negligible_tiles_are_left_out(strategy: str) -> None:
+def test_negligible_tiles_are_left_out(kernels: Kernels, strategy: str) -> None:
     p = replace(peaked(), filter_eps=2.0**-12)
-    exact, found, report = run(p, strategy)
+    exact, found, report = run(kernels, p, strategy)
     assert found.weight is not None and exact.weight is not None
     gone = ~found.weight.any(1)
     # Ordered by likelihood the ten share a tile, and all classes of other tiles are left out.
@@ -64,18 +67,18 @@ def test_negligible_tiles_are_left_out(strategy: str) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_nan_is_never_negligible(strategy: str) -> None:
+def test_nan_is_never_negligible(kernels: Kernels, strategy: str) -> None:
     p = replace(peaked(), filter_eps=1000.0)
     p.hidden[1, 1] = torch.nan
     p.target[1] = 0
-    _, found, _ = run(p, strategy)
+    _, found, _ = run(kernels, p, strategy)
     assert found.weight is not None and found.weight.isnan().any()
 
 
-def test_half_precision_and_small_workspaces() -> None:
+def test_half_precision_and_small_workspaces(kernels: Kernels) -> None:
     for dtype, workspace in ((torch.bfloat16, None), (torch.float16, 4000), (torch.float16, 0)):
         p = replace(peaked(dtype), filter_eps=2.0**-12, workspace=workspace)
-        exact, found, report = run(p, "chunked")
+        exact, found, report = run(kernels, p, "chunked")
         assert exact.weight is not None and found.weight is not None
         _, columns = report.bound(p)
         slack = 2 * torch.finfo(dtype).eps * float(exact.weight.abs().max())

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is behind a `LazyLogits`: how the value is made, the value once somebody read it, and the views of its memory."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from ..passes.autocast import under
+from . import gathered
+from .functions import Op
+from .weights import Copies, Witness, keep_through_steps
+
+_STALE = (
+    "these logits are lazy and were not read while they could be: {what} changed since the forward, so reading them now would "
+    "give other values. A step of an optimizer of torch leaves them as they were; after any other change they have to be "
+    "read before it. Or compile with options={{'logits': 'keep'}}."
+)
+
+_LET_GO = (
+    "these logits are lazy and FSDP has let go of the gathered weight that they are made from. Read them before the "
+    "backward, or compile with options={'logits': 'keep'}."
+)
+
+
+@dataclass(frozen=True)
+class HeadChain:
+    """How logits are made.
+
+    Attributes:
+        hidden: (..., D), an output of the compiled graph; with its autograd graph where the program has one.
+        inputs: what else `run` takes: weight, bias, symbolic sizes.
+        run: `run(hidden, *inputs)` gives the logits.
+        autocast: the dtype to which autocast casts in the program where `run` is from; None where it is off.
+        outlives_steps: whether copies of the weights are taken before an optimizer's step changes them.
+    """
+
+    hidden: Tensor
+    inputs: tuple[Any, ...]
+    run: GraphModule
+    autocast: torch.dtype | None = None
+    outlives_steps: bool = False
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """hidden and the tensors among the inputs."""
+        return (self.hidden, *(x for x in self.inputs if isinstance(x, Tensor)))
+
+    def logits(self) -> Tensor:
+        """The logits, a plain tensor."""
+        with under(self.hidden.device, self.autocast):
+            return owned(self.run(self.hidden, *self.inputs))
+
+
+def owned(x: Tensor) -> Tensor:
+    """A tensor that is no view of another, as the results of graphs and reductions are: it can be detached in place, say."""
+    return _Own.apply(x) if x._is_view() else x
+
+
+class _Own(torch.autograd.Function):
+    """A view as a tensor of its own, in the same memory."""
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+class State:
+    """A tensor that is not read yet, or its value: the root of a family made by a chain, or an operation on another state.
+
+    What is unread is a function of the chain alone. States that share memory are read together, as views of one another;
+    others are computed from what they are derived from while that is as it was, and else from the chain anew.
+
+    Attributes:
+        like: its shape, strides and dtype, on the meta device.
+        grad: grad mode in which it was made, and in which the value will be.
+        requires_grad: whether the stand-in for it was made to require gradients.
+        chain: of a root.
+        base, op: of another state.
+        value: the plain tensor, once read.
+        given: whether the program has the value, so that its identity cannot change any more.
+        part: a value of its own, where some rows were read without the others; nobody holds views of it.
+        passed_by: of a root: whether a gradient reaches hidden by another way than through the value.
+        hooks: FSDP's, of a root: they gather the weights before the backward.
+    """
+
+    def __init__(self, like: Tensor, grad: bool) -> None:
+        self.like: Tensor = like
+        self.grad: bool = grad
+        self.requires_grad: bool = False
+        self.chain: HeadChain | None = None
+        self.base: State | None = None
+        self.op: Op | None = None
+        self._owner: State | None = None  # whose memory this one's is, if not its own
+        self.value: Tensor | None = None
+        self.given: bool = False
+        self.part: Tensor | None = None
+        self.passed_by: bool = False
+        self.hooks: tuple[Callable[..., Any], ...] = ()
+        self._witnesses: tuple[Witness, ...] = ()  # of what a root is made from
+        self._as_read: tuple[Witness, Any] | None = None  # of the value and its graph, when it was given away
+        self._bare: Tensor | None = None  # the value without an autograd graph, made below autograd
+        self._derived: weakref.WeakSet[State] = weakref.WeakSet()
+        self._lock: threading.RLock = threading.RLock()
+
+    @staticmethod
+    def made_by(chain: HeadChain, like: Tensor) -> State:
+        """The root of a family."""
+        state = State(like, torch.is_grad_enabled() and not torch.is_inference_mode_enabled())
+        state.chain, state._witnesses = chain, tuple([Witness.of(t) for t in chain.tensors])
+        if chain.outlives_steps:
+            keep_through_steps(state)
+        return state
+
+    def then(self, op: Op, like: Tensor) -> State:
+        """This tensor after one more operation."""
+        state = State(like, torch.is_grad_enabled())
+        state.base, state.op, state._lock = self, op, self._lock
+        if op.is_alias:
+            state._owner = self._memory
+        self._derived.add(state)
+        return state
+
+    # --- its place in the family -----------------------------------------------------------------------------------------
+
+    def path(self) -> list[State]:
+        """The states from the root to this one."""
+        found = [self]
+        while found[-1].base is not None:
+            found.append(found[-1].base)
+        return found[::-1]
+
+    @property
+    def root(self) -> State:
+        """What this is a view, cast or scale of."""
+        return self.path()[0]
+
+    @property
+    def ops(self) -> tuple[Op, ...]:
+        """The operations between the root and this tensor, in order."""
+        return tuple(state.op for state in self.path() if state.op is not None)
+
+    @property
+    def unread(self) -> HeadChain | None:
+        """The chain that it will be computed from; None once it was read."""
+        return self.root.chain if self.value is None else None
+
+    def viewed(self) -> State:
+        """The state that this one is a view of, as autograd has it; itself where it is no view."""
+        state = self
+        while state.base is not None and state.op is not None and state.op.is_alias and not state.op.detaches:
+            state = state.base
+        return state
+
+    @property
+    def _memory(self) -> State:
+        """The state whose memory this one's is."""
+        return self if self._owner is None else self._owner
+
+    def _views(self) -> Iterator[State]:
+        """The states that share this one's memory by being derived from it, each after its base."""
+        for state in list(self._derived):
+            if state.op is not None and state.op.is_alias:
+                yield state
+                yield from state._views()
+
+    # --- reading ---------------------------------------------------------------------------------------------------------
+
+    def read(self) -> Tensor:
+        """The value, a plain tensor, computed at the first call, with its autograd graph.
+
+        Raises RuntimeError when hidden, weight or bias changed since the forward.
+        """
+        with self._lock:
+            owner = self._memory
+            if owner.value is None:
+                owner.value = owner.computed(lambda base: base._as_derived())
+                self.hook_up(owner.value)
+                for view in owner._views():
+                    assert view.base is not None
+                    view.value = view.computed(lambda base: base.value)
+                    view._let_go()
+                owner._let_go()
+            assert self.value is not None
+            return self.value
+
+    def give(self) -> Tensor:
+        """The value, for the program to do with as it likes."""
+        with self._lock:
+            owner, value = self._memory, self.read()
+            if owner._as_read is None and owner._awaited():
+                assert owner.value is not None
+                owner._as_read = Witness.of(owner.value), owner.value.grad_fn
+            self.given = True
+            return value
+
+    def given_as(self, tensor: Tensor) -> None:
+        """The value has become another object."""
+        self.value = tensor
+        if self._as_read is not None:
+            self._as_read = replace(self._as_read[0], tensor=tensor), self._as_read[1]
+
+    def read_bare(self) -> Tensor:
+        """The value for code below autograd: what is computed there has no graph, and is not to be taken for the value."""
+        with self._lock:
+            if self.value is not None:
+                return self.value.detach()
+            if self._bare is None:
+                with torch.no_grad():
+                    self._bare = self._applied(lambda base: base.read_bare())
+            return self._bare
+
+    def computed(self, source: Callable[[State], Any]) -> Tensor:
+        """The value in the grad mode that it was made in, from what `source` gives for a state."""
+        with torch.inference_mode(False), torch.set_grad_enabled(self.grad):
+            return self._applied(source)
+
+    def _applied(self, source: Callable[[State], Any]) -> Tensor:
+        if self.base is None or self.op is None:
+            assert self.chain is not None
+            self.check_fresh()
+            return self.chain.logits()
+        args = [source(a) if isinstance(a, State) else a for a in (self.base, *self.op.args)]
+        with under(args[0].device, self.op.autocast):
+            return self.op.func(*args, **dict(self.op.kwargs))
+
+    def _as_derived(self) -> Tensor:
+        """The value as it was when something was derived from it."""
+        return self.computed(lambda base: base._as_derived()) if self._memory._is_other() else self.read()
+
+    def _is_other(self) -> bool:
+        """Whether the program changed the value that it was given."""
+        if self._as_read is None or self.value is None:
+            return False
+        (witness, graph), value = self._as_read, self.value
+        as_it_was = value.shape == self.like.shape and value.stride() == self.like.stride() and value.grad_fn is graph
+        return not as_it_was or witness.is_other()
+
+    def _awaited(self) -> bool:
+        """Whether something is derived from this tensor that was not read."""
+        return any(state.value is None or state._awaited() for state in list(self._derived))
+
+    def _let_go(self) -> None:
+        """What is not needed to compute anything any more."""
+        self.part = self._bare = None
+        if not self._derived:
+            self.chain = self.base = self.op = None
+            self._witnesses = ()
+
+    def hook_up(self, made: Tensor) -> None:
+        """Put the hooks that were put off onto what was made of these logits."""
+        if made.requires_grad:
+            root = self.root
+            root.passed_by |= made is not root.value
+            for hook in root.hooks:
+                made.register_hook(hook)
+
+    # --- what it is made from --------------------------------------------------------------------------------------------
+
+    def check_fresh(self, *, wait: bool = True) -> None:
+        """Raise RuntimeError where the chain's inputs changed since the forward.
+
+        What only their entries tell is asked on the device and, without `wait`, told by an assertion there.
+        """
+        for at, witness in enumerate(self.root._witnesses):
+            if not gathered.is_there(witness.tensor):
+                raise RuntimeError(_LET_GO)
+            stale = _STALE.format(what="hidden" if at == 0 else "the weight or bias")
+            same = witness.same_entries if not witness.changed else None
+            if same is not None and not wait and same.device.type == "cuda":
+                torch._assert_async(same, stale)
+            elif witness.changed or (same is not None and not same):
+                raise RuntimeError(stale)
+
+    def outlive(self, copies: Copies) -> None:
+        """Take copies of the weights that a step is about to change."""
+        with self._lock:
+            chain = self.chain
+            if chain is None or any(w.changed or not gathered.is_there(w.tensor) for w in self._witnesses):
+                return  # read already, or an error to read
+            hidden, *inputs = (
+                copies.of(x, self.grad) if isinstance(x, Tensor) else x for x in (chain.hidden, *chain.inputs)
+            )
+            known = {id(w.tensor): w for w in self._witnesses}
+            self.chain = replace(chain, hidden=hidden, inputs=tuple(inputs))
+            # Nobody else has the copies, so their entries need no watching.
+            self._witnesses = tuple(
+                known.get(id(t)) or replace(Witness.of(t), entries=None) for t in self.chain.tensors
+            )
+
+    def detach(self) -> bool:
+        """Let the autograd graph of hidden go, unread; False where it was read or views of it keep their gradient."""
+        with self._lock:
+            if self.value is not None or self.chain is None or self._derived:
+                return False
+            self.chain = replace(self.chain, hidden=self.chain.hidden.detach())
+            self._witnesses = (Witness.of(self.chain.hidden), *self._witnesses[1:])
+            self.grad = self.requires_grad = False
+            return True
+
+    def put_off(self, hook: Callable[..., Any]) -> bool:
+        """Keep a hook of FSDP's, which asks for no gradient, until the logits or their loss are made; False if too late."""
+        with self._lock:
+            if self.unread is None or not gathered.is_gathering(hook):
+                return False
+            self.root.hooks = (*self.root.hooks, hook)
+            return True
