@@ -10,6 +10,7 @@
 
 #ifdef PHASES
 #include <atomic>
+#include <utility>
 #endif
 
 namespace {
@@ -17,27 +18,32 @@ namespace {
 // --- where the time goes ----------------------------------------------------------------------------------------------------
 
 // Compiled with PHASES, for `python -m benchmarks kernel --peak`: ticks of all threads in each phase, exclusive of inner ones.
-enum PhaseName { kPacking, kLogits, kExponentials, kHiddenGradient, kWeightGradient, kPhases };
+enum PhaseName { kPacking, kLogits, kExponentials, kHiddenGradient, kWeightGradient, kAdding, kPhases };
 #ifdef PHASES
 std::atomic<int64_t> phase_ticks[kPhases];
 
+INLINE int64_t ticks_now() { return __builtin_ia32_rdtsc(); }
+
 struct Phase {
-  Phase(PhaseName name) : name(name), outer(current), begin(__builtin_ia32_rdtsc()) { current = this; }
+  explicit Phase(PhaseName name) : name(name), outer(current), begin(ticks_now()) { current = this; }
   ~Phase() {
-    const int64_t ticks = __builtin_ia32_rdtsc() - begin;
-    phase_ticks[name] += ticks - inner;
-    if (outer) outer->inner += ticks;
+    const int64_t ticks = ticks_now() - begin;
+    own[name] += ticks - inner;
     current = outer;
+    if (outer) outer->inner += ticks;
+    for (int i = 0; !outer && i < kPhases; ++i) phase_ticks[i] += std::exchange(own[i], 0);
   }
   PhaseName name;
   Phase* outer;
   int64_t begin, inner = 0;
   static thread_local Phase* current;
+  static thread_local int64_t own[kPhases];  // of this thread, since its outermost phase began
 };
 thread_local Phase* Phase::current = nullptr;
+thread_local int64_t Phase::own[kPhases] = {};
 #else
 struct Phase {
-  Phase(PhaseName) {}
+  explicit Phase(PhaseName) {}
 };
 #endif
 
@@ -208,6 +214,7 @@ __attribute__((noinline)) void multiply(const Left& left, Right panel, float* ou
     }
     for (; k < left.length; ++k) add_word();
   }
+  const Phase phase(kAdding);
   if (add) {  // only now: a long sum is more exact in parts
 #pragma GCC unroll 16
     for (int i = 0; i < kR; ++i)

@@ -473,6 +473,8 @@ int64_t cce_workspace(const Head* head, const Step* step) { return size_of(Call(
 void cce_phases(int64_t* ticks) {
   for (int i = 0; i < kPhases; ++i) ticks[i] = phase_ticks[i].exchange(0);
 }
+
+int64_t cce_ticks() { return ticks_now(); }
 #endif
 
 // For the other side to compare.
