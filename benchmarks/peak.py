@@ -90,7 +90,9 @@ def phases(run: Callable[[], object], sizes: Sizes, rounds: int) -> View:
         of_rate = f"{made[product] / (share * middle) / best:.3f}" if product else ""
         lines.append((name, f"{share:.3f}", of_rate))
     lines.append(("all else, and waiting", f"{1 - statistics.median(map(sum, shares)):.3f}", ""))
-    lines.append(("together, counted as 6NDV", "1", f"{6 * sizes.rows * sizes.classes * sizes.width / middle / best:.3f}"))
+    lines.append(
+        ("together, counted as 6NDV", "1", f"{6 * sizes.rows * sizes.classes * sizes.width / middle / best:.3f}")
+    )
     return View(
         f"N={sizes.rows}, D={sizes.width}, V={sizes.classes}, {sizes.dtype}: {time_text(seconds)}; {threads} threads make"
         f" {best / 1e9:.0f} GFLOP/s of multiply-adds",

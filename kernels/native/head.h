@@ -25,6 +25,7 @@ struct Head {  // as in library.py
   // Statistics (n,): results of the sums, and given to what comes after them. target_logit is zero beforehand.
   float *highest, *sumexp, *target_logit;
   double* weighted_sum;
+  float *nll, *lse;  // of each row, made at the end of all steps; null where not wanted
   // Gradients (N, D), (V, D) and (V,), contiguous; null where not wanted.
   Number *d_hidden, *d_weight;
   float* d_bias;
@@ -206,7 +207,7 @@ struct StoredTiles {
 };
 
 // Whether weights are right factors as they lie in memory.
-bool in_place(const Call& q) { return STORAGE == 0 && q.weight_column == 1 && q.width % kPanel == 0; }
+bool in_place(const Call& q) { return false && STORAGE == 0 && q.weight_column == 1 && q.width % kPanel == 0; }
 
 // What a thread works with: two blocks of weights as left factors (one where a chunk has no more), a chunk of them as right factor,
 // a tile, and the largest products so far.

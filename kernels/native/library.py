@@ -37,6 +37,7 @@ class Head(ctypes.Structure):
         *((name, _POINTER) for name in ("index", "target")),
         *((name, _POINTER) for name in ("prob", "hit", "uniform", "uniform_weight")),
         *((name, _POINTER) for name in ("highest", "sumexp", "target_logit", "weighted_sum")),
+        *((name, _POINTER) for name in ("nll", "lse")),
         *((name, _POINTER) for name in ("d_hidden", "d_weight", "d_bias")),
         ("columns", _COUNT),
         ("threads", _COUNT),
@@ -64,6 +65,7 @@ class Library:
         head, step = ctypes.POINTER(Head), ctypes.POINTER(Step)
         self.run = _function(found.cce_run, _FLAG, head, step, _COUNT, ctypes.POINTER(_COUNT))
         self.workspace = _function(found.cce_workspace, _COUNT, head, step)
+        self.are_classes = _function(found.cce_are_classes, _FLAG, _POINTER, _COUNT, _COUNT)
         self.rounds = dtype != torch.float32  # gradients in half precision cannot be added to: each is written once
         sizes = [_function(f, _COUNT)() for f in (found.cce_head_size, found.cce_step_size)]
         assert sizes == [ctypes.sizeof(Head), ctypes.sizeof(Step)]

@@ -16,7 +16,7 @@ from ..combine import local_class_weight
 from ..rows import Coefficients, Rows
 from ..spec import Epilogue, Grads, Norm, Partials, Problem, Sizes
 from . import plan
-from .library import DONE, MORE, Head, compiled
+from .library import DONE, MORE, Head, Library, compiled
 from .plan import MOST_THREADS, Plan
 
 _NO_GRADS = Grads(None, None, None)
@@ -72,7 +72,7 @@ class _Run:
             c is not None and c.uniform is not None, *(t is not None for t in out), workspace,
         )  # fmt: skip
         self.sizes = sizes, threads
-        inner, outer = _scales(p.epilogue)
+        inner, outer = scales(p.epilogue)
         at = self.address
         self.head = Head(
             weight=at(p.weight), weight_row=p.weight.stride(0), weight_column=p.weight.stride(1),
@@ -112,13 +112,18 @@ class _Run:
         workspace = torch.empty(chosen.size)
         head.workspace, head.workspace_size = workspace.data_ptr(), chosen.size
         head.threads, head.columns = chosen.threads, chosen.columns
-        position, state = ctypes.c_int64(0), MORE
-        while state == MORE:  # an interrupt gets its turn every now and then
-            state = code.run(head, chosen.array, len(chosen.steps), position)
-        return state == DONE
+        return steps_taken(code, head, chosen) == DONE
 
 
-def _scales(e: Epilogue) -> tuple[float, float]:
+def steps_taken(code: Library, head: Head, chosen: Plan) -> int:
+    """Take all steps of a plan, and say how that ended; an interrupt gets its turn every now and then."""
+    position, state, array = ctypes.c_int64(0), MORE, chosen.array
+    while state == MORE:
+        state = code.run(head, array, len(array), position)
+    return state
+
+
+def scales(e: Epilogue) -> tuple[float, float]:
     """What a product is multiplied by before the tanh, or altogether, and after it."""
     if e.softcap is None:
         return e.scale * e.post_scale, 1.0

@@ -431,6 +431,16 @@ bool make(const Call& q, int64_t kind) {
   return finite;
 }
 
+// The loss of each row and the logarithm of its sum, from its sums.
+void finish(const Head& head, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float highest = head.highest[r], log_sum = std::log(head.sumexp[r]);
+    // The difference first: lse - z_t would cancel the leading digits of two large numbers.
+    head.nll[r] = (highest - head.target_logit[r]) + log_sum;
+    head.lse[r] = std::isinf(highest) ? highest : highest + log_sum;
+  }
+}
+
 // Large pages, where the system has them: memory that is new costs a fault for each page of 4 KiB when it is written.
 void ask_for_large_pages(void* memory, int64_t bytes) {
 #ifdef MADV_HUGEPAGE
@@ -462,7 +472,15 @@ int32_t cce_run(const Head* head, const Step* steps, int64_t count, int64_t* pos
       if (std::chrono::steady_clock::now() - begin > std::chrono::milliseconds(500)) return kMore;
       if (!make(Call(*head, steps[i], *position - before), steps[i].kind)) return kNotFinite;
     }
+  if (head->nll) finish(*head, steps[count - 1].last);
   return kDone;
+}
+
+// Whether each target (n,) is one of the classes.
+int32_t cce_are_classes(const int64_t* target, int64_t n, int64_t classes) {
+  bool all = true;
+  for (int64_t r = 0; r < n; ++r) all &= uint64_t(target[r]) < uint64_t(classes);
+  return all;
 }
 
 // How many numbers the workspace of a step has to have.
