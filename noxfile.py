@@ -7,7 +7,9 @@ reported and skipped; torch's wheels for Linux bring CUDA along, about 6 GB to a
 
 from __future__ import annotations
 
+import itertools
 import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -104,3 +106,19 @@ def static(session: nox.Session, triton: str) -> None:
     """What each triton makes of the GPU's kernels, and the kernels in its interpreter; no GPU is needed."""
     _install(session, "2.13", "test", triton=triton)
     session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/triton"]))
+
+
+@nox.session(python=False)
+def aarch64(session: nox.Session) -> None:
+    """Every step of the native code for 64-bit Arm under an emulator, without and with its products of bfloat16.
+
+    Needs g++-aarch64-linux-gnu and qemu-user-static; clang++, where it is there, compiles the same.
+    """
+    source = ["-std=c++17", "-O2", "-ffp-contract=fast", "-I", "kernels/native", "tests/kernels/check_steps.cpp"]
+    program = str(Path(session.create_tmp()) / "check_steps")
+    for storage, processor in itertools.product(range(3), ("armv8-a", "armv8.6-a+bf16")):
+        flags = [f"-march={processor}", f"-DSTORAGE={storage}", *source, "-o", program]
+        if shutil.which("clang++"):
+            session.run("clang++", "--target=aarch64-linux-gnu", "-c", *flags, external=True)
+        session.run("aarch64-linux-gnu-g++", "-static", "-fopenmp", *flags, external=True)
+        session.run("qemu-aarch64-static", "-cpu", "max", program, external=True)

@@ -33,7 +33,8 @@ _PARTS = 5
 def rate(dtype: torch.dtype, threads: int) -> float:
     """Operations a second that the processor makes of float32, or of pairs of bfloat16 where it multiplies these at once.
 
-    A multiply-add is two. The best of some short runs, of all threads together. Raises RuntimeError without compiled code.
+    A multiply-add is two. The best of some short runs, of all threads together, in CPU time, so that what else the machine does
+    counts little. Raises RuntimeError without compiled code.
     """
     define, files = f"STORAGE {library.STORAGE[dtype]}", (*library.FILES, str(Path(__file__).with_suffix(".cpp")))
     code = build.library(*files, define=define) if library.on_this_machine() else None
@@ -43,10 +44,10 @@ def rate(dtype: torch.dtype, threads: int) -> float:
     memory = torch.zeros(threads, 16)
 
     def run(count: int) -> tuple[float, float]:
-        begin = time.perf_counter()
+        begin = time.process_time()
         address = ctypes.c_void_p(memory.data_ptr())
         done = code.cce_multiply_add(ctypes.c_int64(threads), ctypes.c_int64(count), address)
-        return done, time.perf_counter() - begin
+        return done, (time.process_time() - begin) / threads
 
     run(1 << 16)  # starts the threads
     _, seconds = run(1 << 20)
@@ -76,9 +77,9 @@ def phases(run: Callable[[], object], sizes: Sizes, rounds: int) -> View:
     best, seconds = rate(sizes.dtype, threads), []
     shares: list[list[float]] = []
     for _ in range(rounds):
-        begin, first = time.perf_counter(), code.cce_ticks()
+        begin, first = time.process_time(), code.cce_ticks()
         run()
-        seconds.append(time.perf_counter() - begin)
+        seconds.append((time.process_time() - begin) / threads)
         whole = threads * (code.cce_ticks() - first)
         code.cce_phases(ticks)
         shares.append([t / whole for t in ticks])
@@ -94,7 +95,7 @@ def phases(run: Callable[[], object], sizes: Sizes, rounds: int) -> View:
         ("together, counted as 6NDV", "1", f"{6 * sizes.rows * sizes.classes * sizes.width / middle / best:.3f}")
     )
     return View(
-        f"N={sizes.rows}, D={sizes.width}, V={sizes.classes}, {sizes.dtype}: {time_text(seconds)}; {threads} threads make"
+        f"N={sizes.rows}, D={sizes.width}, V={sizes.classes}, {sizes.dtype}: {time_text(seconds)} of CPU time; {threads} threads make"
         f" {best / 1e9:.0f} GFLOP/s of multiply-adds",
         ("", "share of the time", "of the processor's rate"),
         tuple(lines),

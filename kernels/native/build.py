@@ -14,6 +14,7 @@ from pathlib import Path
 
 _log = logging.getLogger("cce_fx")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
 # Sums that keep what they lose, and numbers that are not finite, mean what is written.
 _EXACT = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only")
 # What loops gain from more, they say themselves; -O3 takes nearly twice as long to compile.

@@ -254,7 +254,9 @@ void in_threads(const Call& q, const Sizes& s, const Part& part) {
 
 // The same number wherever it is used, and not a part of a fused multiplication and subtraction in one place.
 INLINE Floats rounded(Floats value) {
-#ifdef __AVX512F__
+#if defined(__aarch64__)
+  asm("" : "+w"(value));
+#elif defined(__AVX512F__)
   asm("" : "+v"(value));
 #else
   asm("" : "+x"(value));
@@ -301,6 +303,8 @@ void make_logits(const Call& q, const Sizes& s, Columns columns, const float* pa
   const Matrix weight = weight_of(q);
   const int64_t panels = s.depth / kPanel;
   std::fill_n(own.odd, rows, 0.0f);
+  // Where every other block goes: behind the one before it, or behind its rows in each panel, which are few where there are several.
+  const int64_t other = q.columns > kRows ? s.left : kFewRows * kPanel;
   int64_t number = 0;  // of a block
   for (int64_t slab = 0; slab < panels; slab += kSlab) {
     const int64_t now = std::min(kSlab, panels - slab), from = slab * kPanel;
@@ -308,8 +312,7 @@ void make_logits(const Call& q, const Sizes& s, Columns columns, const float* pa
     const int64_t hints = std::max<int64_t>(now * (kPanel / kUnroll) * (rows / kPanel), 1);
     const auto packing = [&](int64_t c) {
       const int64_t left = columns.count - c, count = left >= kRows ? kRows : left >= kFewRows ? kFewRows : std::min<int64_t>(left, 1);
-      return PackAhead(weight, columns.first + c, count, from, now, own.left + (q.columns > kRows) * (number++ % 2) * s.left, kRows * kPanel,
-                       hints);
+      return PackAhead(weight, columns.first + c, count, from, now, own.left + number++ % 2 * other, kRows * kPanel, hints);
     };
     PackAhead next = packing(0);
     in_blocks(columns.count, [&](auto size, int64_t c) __attribute__((always_inline)) {

@@ -15,7 +15,7 @@ import threading
 
 import torch
 
-from .build import X86, library
+from .build import ARM, X86, library
 
 # Logits of a problem for which to compile, which takes about as long as two hundred times as many of them.
 FEWEST_LOGITS = 1 << 24
@@ -79,7 +79,7 @@ def _function(found, result, *arguments):  # type: ignore[no-untyped-def]
 def on_this_machine() -> bool:
     """Whether the code is written for this processor and this system."""
     has = torch.cpu.get_capabilities()
-    return X86 and sys.platform == "linux" and all(has.get(feature) for feature in ("avx2", "fma3", "f16c"))
+    return sys.platform == "linux" and (ARM or (X86 and all(has.get(f) for f in ("avx2", "fma3", "f16c"))))
 
 
 _prepared: set[torch.dtype] = set()

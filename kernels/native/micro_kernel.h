@@ -6,7 +6,11 @@
 // Factors are words of 32 bits: float32 numbers, or (kPack = 2) pairs of bfloat16 numbers that one instruction multiplies and
 // adds. What lies in memory in half precision becomes one or the other when it is copied.
 
+#ifdef __aarch64__
+#include <arm_neon.h>
+#else
 #include <immintrin.h>
+#endif
 
 #ifdef PHASES
 #include <atomic>
@@ -22,7 +26,15 @@ enum PhaseName { kPacking, kLogits, kExponentials, kHiddenGradient, kWeightGradi
 #ifdef PHASES
 std::atomic<int64_t> phase_ticks[kPhases];
 
-INLINE int64_t ticks_now() { return __builtin_ia32_rdtsc(); }
+INLINE int64_t ticks_now() {
+#ifdef __aarch64__
+  int64_t ticks;
+  asm volatile("mrs %0, cntvct_el0" : "=r"(ticks));
+  return ticks;
+#else
+  return __builtin_ia32_rdtsc();
+#endif
+}
 
 struct Phase {
   explicit Phase(PhaseName name) : name(name), outer(current), begin(ticks_now()) { current = this; }
@@ -53,13 +65,14 @@ typedef float Number;
 #else
 typedef uint16_t Number;
 #endif
-#if STORAGE == 1 && defined(__AVX512BF16__)
+#if STORAGE == 1 && (defined(__AVX512BF16__) || defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
+#define PAIRS
 constexpr int kPack = 2;
 #else
 constexpr int kPack = 1;
 #endif
 
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kRows = 12;  // of a block: 12 x 2 sums, two vectors and a number are 27 of 32 registers
 #else
 constexpr int kRows = 6;  // 6 x 2 sums, two vectors and a number are 15 of 16
@@ -81,9 +94,17 @@ INLINE Ints widened(const uint16_t* from) {
 
 INLINE Floats load_numbers(const float* from) { return load(from); }
 
+#ifdef __aarch64__
+typedef __fp16 Halves __attribute__((vector_size(2 * kLanes)));
+#endif
+
 INLINE Floats load_numbers(const uint16_t* from) {
 #if STORAGE != 2
   return (Floats)(widened(from) << 16);
+#elif defined(__aarch64__)
+  Halves some;
+  std::memcpy(&some, from, sizeof some);
+  return __builtin_convertvector(some, Floats);
 #elif defined(__AVX512F__)
   return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #else
@@ -93,11 +114,19 @@ INLINE Floats load_numbers(const uint16_t* from) {
 
 INLINE void store_numbers(float* to, Floats values) { store(to, values); }
 
+// Bits of the nearest bfloat16 numbers, ties to even; NaN stays NaN.
+INLINE Shorts bfloat16_of(Floats values) {
+  const Ints bits = (Ints)values, rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  return __builtin_convertvector(((values == values ? rounded : bits | 0x400000) >> 16) & 0xffff, Shorts);
+}
+
 // Rounded to the nearest number, ties to even; NaN stays NaN.
 INLINE void store_numbers(uint16_t* to, Floats values) {
 #if STORAGE != 2
-  const Ints bits = (Ints)values, rounded = bits + 0x7fff + ((bits >> 16) & 1);
-  const Shorts some = __builtin_convertvector(((values == values ? rounded : bits | 0x400000) >> 16) & 0xffff, Shorts);
+  const Shorts some = bfloat16_of(values);
+  std::memcpy(to, &some, sizeof some);
+#elif defined(__aarch64__)
+  const Halves some = __builtin_convertvector(values, Halves);
   std::memcpy(to, &some, sizeof some);
 #elif defined(__AVX512F__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph((__m512)values, _MM_FROUND_TO_NEAREST_INT));
@@ -174,7 +203,10 @@ struct Right {
 };
 
 INLINE Floats multiply_add(Floats sum, Floats right, float word) {
-#if STORAGE == 1 && defined(__AVX512BF16__)
+#if defined(PAIRS) && defined(__aarch64__)
+  const bfloat16x8_t pair = vreinterpretq_bf16_f32(vdupq_n_f32(word));
+  return (Floats)vbfdotq_f32((float32x4_t)sum, vreinterpretq_bf16_f32((float32x4_t)right), pair);
+#elif defined(PAIRS)
   return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(word), (__m512bh)right);
 #else
   return sum + right * word;
@@ -392,30 +424,34 @@ void pack_transposed(const Matrix& from, int64_t row, int64_t count, int64_t pad
 
 // --- tiles as left factors -------------------------------------------------------------------------------------------------
 
+// As `bfloat16_of`, in an instruction where there is one, which takes denormal numbers for zero.
+INLINE Shorts factors_of(Floats values) {
+#if defined(PAIRS) && defined(__AVX512BF16__)
+  return (Shorts)_mm512_cvtneps_pbh((__m512)values);
+#else
+  return bfloat16_of(values);
+#endif
+}
+
 // A tile (C, R) of float32 as the left factor of sums over its columns: itself, or pairs of columns (C / 2, R) in `to`.
 INLINE const float* pair_columns(const float* tile, int64_t columns, int64_t rows, float* to) {
   if (kPack == 1) return tile;
-#if STORAGE == 1 && defined(__AVX512BF16__)
   for (int64_t c = 0; c < columns; c += 2)
     for (int64_t j = 0; j < rows; j += kLanes) {
       const Floats a = load(tile + c * rows + j), b = c + 1 < columns ? load(tile + (c + 1) * rows + j) : Floats{};
-      const Ints low = (Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)a));
-      const Ints high = (Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)b));
+      const Ints low = __builtin_convertvector(factors_of(a), Ints), high = __builtin_convertvector(factors_of(b), Ints);
       store(to + c / 2 * rows + j, (Floats)(low | (high << 16)));
     }
-#endif
   return to;
 }
 
 // The same for sums over its rows: itself, or pairs of rows (C, R / 2) in `to`.
 INLINE const float* pair_rows(const float* tile, int64_t columns, int64_t rows, float* to) {
   if (kPack == 1) return tile;
-#if STORAGE == 1 && defined(__AVX512BF16__)
   for (int64_t j = 0; j < columns * rows; j += kLanes) {
-    const __m256bh some = _mm512_cvtneps_pbh((__m512)load(tile + j));
+    const Shorts some = factors_of(load(tile + j));
     std::memcpy(to + j / 2, &some, sizeof some);
   }
-#endif
   return to;
 }
 

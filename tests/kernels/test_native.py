@@ -396,3 +396,17 @@ def test_the_background_has_the_configuration_of_inductor(unprepared: None) -> N
 def test_every_file_of_the_code_is_compiled() -> None:
     folder = Path(native.__file__).parent
     assert {p.name for p in folder.iterdir() if p.suffix in (".h", ".cpp")} == {*FILES}
+
+
+@needs_code
+@pytest.mark.parametrize("storage", STORAGE.values())
+def test_every_step_is_right_without_python(storage: int, tmp_path: Path) -> None:
+    """The program that `nox -s aarch64` runs under an emulator, here with this processor's instructions and sanitized."""
+    program = tmp_path / "check_steps"
+    flags = ["-march=native", "-fopenmp", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+    here = Path(__file__).parent
+    source = ["-I", str(Path(build.__file__).parent), str(here / "check_steps.cpp")]
+    compiler = ["g++", "-std=c++17", f"-DSTORAGE={storage}", *build.FLAGS, *flags, *source, "-o", str(program)]
+    subprocess.run(compiler, check=True)
+    found = subprocess.run([program], capture_output=True, text=True, env={"ASAN_OPTIONS": "detect_leaks=0"})
+    assert found.returncode == 0 and found.stdout.startswith("0 of "), found.stdout + found.stderr
