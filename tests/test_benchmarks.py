@@ -56,6 +56,15 @@ def test_kernel_program_prints_ratios(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(name in out for name in ("three products", "kernel", "ignored", "portable"))
 
 
+def test_kernel_program_shows_phases_beside_the_processors_rate() -> None:
+    command = [sys.executable, *"-m benchmarks kernel --shapes 64:64:9000 --rounds 1 --threads 1 --peak".split()]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    share = {
+        name: float(cells[2]) for name, *cells in (line.split("│")[1:] for line in out.splitlines() if "│" in line)
+    }
+    assert share["logits"] > 0.1 and share["together, counted as 6NDV"] > 0.1
+
+
 def test_peers_are_compared_recorded_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "peers.json"
     command = f"peers --shapes 64:16:600 --rounds 2 --only product,eager,cce_fx,liger --json {path}".split()

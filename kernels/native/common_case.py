@@ -14,37 +14,33 @@ import torch
 from torch import Tensor
 
 from ..spec import Epilogue, Grads, Needs, Problem, RowGrads, Sizes, Stats
-from . import plan
-from .library import DONE, Head, Library, compiled
-from .run import scales, steps_taken
+from . import plan, run
+from .library import DONE, Head
 
 
 @dataclass(frozen=True)
-class _Prepared:
+class Prepared:
     """What all problems of some sizes have in common."""
 
-    code: Library
     head: Head  # without addresses
     plan: plan.Plan
 
 
 @functools.lru_cache(maxsize=256)
-def _prepared(sizes: tuple[int, int, int], epilogue: Epilogue, dtype: torch.dtype, needs: tuple[bool, bool],
-              workspace: int | None, threads: int) -> _Prepared:  # fmt: skip
+def prepared(sizes: tuple[int, int, int], epilogue: Epilogue, dtype: torch.dtype, needs: tuple[bool, bool],
+              workspace: int | None, threads: int) -> Prepared:  # fmt: skip
     rows, classes, width = sizes
     known = Sizes(
         dtype, rows, classes, width, epilogue.softcap is not None, hidden=needs[0], weight=needs[1],
         workspace=workspace or plan.default_workspace(rows, classes, threads),
     )  # fmt: skip
-    code = compiled(dtype)
-    assert code is not None
     chosen = (plan.sums_and_gradients if any(needs) else plan.sums)(known, threads)
-    inner, outer = scales(epilogue)
+    inner, outer = run.scales(epilogue)
     head = Head(
         classes=classes, width=width, inner=inner, outer=outer, capped=known.capped, workspace_size=chosen.size,
         threads=chosen.threads, columns=chosen.columns,
     )  # fmt: skip
-    return _Prepared(code, head, chosen)
+    return Prepared(head, chosen)
 
 
 def forward(problem: Problem) -> Stats | None:
@@ -69,8 +65,10 @@ def _made(p: Problem, grad: Tensor | None, needs: tuple[bool, bool]) -> tuple[St
     if other or rows == 0 or not target.is_contiguous() or (p.workspace is not None and p.workspace <= 0):
         return None
     threads = min(torch.get_num_threads(), plan.MOST_THREADS)
-    made = _prepared((rows, classes, width), p.epilogue, hidden.dtype, needs, p.workspace, threads)
-    if not made.code.are_classes(target.data_ptr(), rows, classes):
+    made = prepared((rows, classes, width), p.epilogue, hidden.dtype, needs, p.workspace, threads)
+    code = run.compiled(hidden.dtype)
+    assert code is not None
+    if not code.are_classes(target.data_ptr(), rows, classes):
         return None
     stats = Stats(*(torch.empty(rows) for _ in range(2)), torch.empty(0), *(torch.empty(rows) for _ in range(2)))
     d_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
@@ -87,6 +85,6 @@ def _made(p: Problem, grad: Tensor | None, needs: tuple[bool, bool]) -> tuple[St
         head.prob = head.hit = grad.data_ptr()
     head.d_hidden = None if d_hidden is None else d_hidden.data_ptr()
     head.d_weight = None if d_weight is None else d_weight.data_ptr()
-    if steps_taken(made.code, head, made.plan) != DONE:
+    if run.steps_taken(code, head, made.plan) != DONE:
         return None
     return stats, Grads(d_hidden, d_weight, None)
