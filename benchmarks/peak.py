@@ -25,15 +25,15 @@ PHASES = {
     "gradient of weight": "weight",
     "sums into memory": "",
 }
-_PART = 0.02  # seconds of a measurement
-_PARTS = 5
+_PART = 0.1  # seconds of a measurement
+_PARTS = 9
 
 
 @functools.cache
 def rate(dtype: torch.dtype, threads: int) -> float:
     """Operations a second that the processor makes of float32, or of pairs of bfloat16 where it multiplies these at once.
 
-    A multiply-add is two. The best of some short runs, of all threads together, in CPU time, so that what else the machine does
+    A multiply-add is two. The median of some short runs, of all threads together, in CPU time, so that what else the machine does
     counts little. Raises RuntimeError without compiled code.
     """
     define, files = f"STORAGE {library.STORAGE[dtype]}", (*library.FILES, str(Path(__file__).with_suffix(".cpp")))
@@ -52,7 +52,7 @@ def rate(dtype: torch.dtype, threads: int) -> float:
     run(1 << 16)  # starts the threads
     _, seconds = run(1 << 20)
     count = int((1 << 20) * _PART / seconds) + 1
-    return max(done / seconds for done, seconds in (run(count) for _ in range(_PARTS)))
+    return statistics.median(done / seconds for done, seconds in (run(count) for _ in range(_PARTS)))
 
 
 def products(found: plan.Plan, classes: int, width: int) -> dict[str, float]:
