@@ -13,7 +13,7 @@ double cce_multiply_add(int64_t threads, int64_t count, float* memory) {
     const Floats right = load(own);
     const float word = own[0];
 #pragma GCC unroll 32
-    for (int i = 0; i < 2 * kRows; ++i) sums[i] = right;
+    for (int i = 0; i < 2 * kRows; ++i) sums[i] = right + float(i);  // equal sums would be one to a compiler
     for (int64_t k = 0; k < count; ++k)
 #pragma GCC unroll 32
       for (int i = 0; i < 2 * kRows; ++i) sums[i] = multiply_add(sums[i], right, word);
