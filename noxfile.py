@@ -7,7 +7,9 @@ reported and skipped; torch's wheels for Linux bring CUDA along, about 6 GB to a
 
 from __future__ import annotations
 
+import itertools
 import re
+import shutil
 from pathlib import Path
 
 import nox
@@ -80,9 +82,44 @@ def pythons(session: nox.Session, torch: str) -> None:
 
 
 @nox.session(python=PYTHON)
+def sanitized(session: nox.Session) -> None:
+    """The native code under AddressSanitizer and UndefinedBehaviorSanitizer: the kernels' tests with 2,000 drawn problems."""
+    _install(session, "2.13", "test")
+    runtimes = [
+        session.run("gcc", f"-print-file-name=lib{name}", external=True, silent=True).strip()
+        for name in ("asan.so", "ubsan.so", "stdc++.so.6")
+    ]
+    env = {
+        "LD_PRELOAD": " ".join(runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "CCE_FX_SANITIZE": "address,undefined",
+        "CCE_FX_PROBLEMS": "2000",
+        "TORCHINDUCTOR_CACHE_DIR": str(session.create_tmp()),
+    }
+    session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/kernels"]), env=env)
+
+
+@nox.session(python=PYTHON)
 @nox.parametrize("triton", TRITONS, ids=TRITONS)
 def static(session: nox.Session, triton: str) -> None:
     """What each triton makes of the GPU's kernels, and the kernels in its interpreter; no GPU is needed."""
     _install(session, "2.13", "test", triton=triton)
     session.run("python", "-m", "pytest", "-q", *(session.posargs or ["tests/triton"]))
     session.run("python", "-m", "pytest", "-q", "-m", "gpu", "tests/gpu", env={"TRITON_INTERPRET": "1"})
+
+
+@nox.session(python=False)
+def aarch64(session: nox.Session) -> None:
+    """Every step of the native code for 64-bit Arm under an emulator, without and with its products of bfloat16.
+
+    Needs g++-aarch64-linux-gnu and qemu-user-static; clang++, where it is there, compiles the same.
+    """
+    source = ["-std=c++17", "-O2", "-ffp-contract=fast", "-I", "kernels/native", "tests/kernels/check_steps.cpp"]
+    program = str(Path(session.create_tmp()) / "check_steps")
+    for storage, processor in itertools.product(range(3), ("armv8-a", "armv8.6-a+bf16")):
+        flags = [f"-march={processor}", f"-DSTORAGE={storage}", *source, "-o", program]
+        if shutil.which("clang++"):
+            session.run("clang++", "--target=aarch64-linux-gnu", "-c", *flags, external=True)
+        session.run("aarch64-linux-gnu-g++", "-static", "-fopenmp", *flags, external=True)
+        session.run("qemu-aarch64-static", "-cpu", "max", program, external=True)

@@ -2,9 +2,11 @@
 """Time and memory of the CPU kernel alone beside the bare matrix products.
 
     python -m benchmarks kernel --shapes small,8192:1024:50257 --workspace 16
+    python -m benchmarks kernel --shapes small --peak
 
 No compiler and no autograd stand between: this is for work on the kernel. Interleaved in one process; extra memory is the
-peak of all allocations beyond the inputs and the gradients, counted exactly.
+peak of all allocations beyond the inputs and the gradients, counted exactly. `--peak` shows in its place which part of the
+processor's rate of multiply-adds the kernel reaches, and where the rest goes; a time stamp for each phase costs a percent or two.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 import torch._inductor.config
 from rich.console import Console
 
+from benchmarks import peak
 from benchmarks.candidates import BARE, inputs
 from benchmarks.measure import interleaved, peak_bytes
 from benchmarks.peers import shapes
@@ -24,7 +27,8 @@ from benchmarks.tables import View, bytes_text, ratio, time_text
 from cce_fx.kernels import portable
 from cce_fx.kernels.choose import choose, prepare
 from cce_fx.kernels.native import build
-from cce_fx.kernels.spec import Needs, Problem, RowGrads
+from cce_fx.kernels.native.plan import default_workspace
+from cce_fx.kernels.spec import Needs, Problem, RowGrads, Sizes
 
 FLOOR, GEMM = (bare.name for bare in BARE)
 
@@ -60,17 +64,32 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--workspace", type=float, help="MiB; default: the kernel's")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--avx2", action="store_true", help="compile the kernel as on a processor without AVX-512")
+    parser.add_argument("--peak", action="store_true", help="phases of the kernel beside the processor's rate")
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     if args.avx2:
         torch._inductor.config.cpp.simdlen = 256  # of inductor's own flags, which would bring it back
         build.FLAGS = (*build.FLAGS, "-mno-avx512f")
+    if args.peak:
+        build.FLAGS = (*build.FLAGS, "-DPHASES")
     workspace = None if args.workspace is None else int(args.workspace * 2**20)
     prepare(getattr(torch, args.dtype), torch.device("cpu"))
     for name, sizes in shapes(args.shapes).items():
         hidden, weight, target = inputs(*sizes, getattr(torch, args.dtype))
         problem = Problem(hidden.detach(), weight.detach(), None, target, workspace=workspace)
+        if args.peak:
+            run, _ = runs_of(problem, ["kernel"])["kernel"]
+            run()
+            Console().print(peak.phases(run, sizes_of(problem), args.rounds).rich())
+            continue
         Console().print(measure(name, problem, args.runs.split(","), args.rounds).rich())
+
+
+def sizes_of(problem: Problem) -> Sizes:
+    """What the kernel plans a mean loss by, with the gradients of hidden and weight."""
+    (n, d), v = problem.hidden.shape, problem.weight.shape[0]
+    workspace = problem.workspace or default_workspace(n, v, torch.get_num_threads())
+    return Sizes(problem.hidden.dtype, n, v, d, hidden=True, weight=True, workspace=workspace)
 
 
 def measure(name: str, problem: Problem, names: list[str], rounds: int) -> View:

@@ -36,6 +36,15 @@ def test_kernel_program_prints_ratios(capsys: pytest.CaptureFixture[str]) -> Non
     assert all(name in out for name in ("three products", "kernel", "ignored", "portable"))
 
 
+def test_kernel_program_shows_phases_beside_the_processors_rate() -> None:
+    command = [sys.executable, *"-m benchmarks kernel --shapes 64:64:9000 --rounds 1 --threads 1 --peak".split()]
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    cells = [[cell.strip() for cell in line.split("│")[1:4]] for line in out.splitlines() if "│" in line]
+    share, of_rate = ({row[0]: float(row[at]) for row in cells if row[at]} for at in (1, 2))
+    assert all(share[name] > 0 for name in ("packing", "logits", "gradient of hidden", "gradient of weight")), out
+    assert 0.02 < of_rate["together, counted as 6NDV"] < 1.1, out
+
+
 def test_peers_are_compared_recorded_and_continued(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "peers.json"
     command = f"peers --shapes 64:16:600 --rounds 2 --only product,eager,cce_fx,liger --json {path}".split()

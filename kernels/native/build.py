@@ -14,6 +14,7 @@ from pathlib import Path
 
 _log = logging.getLogger("cce_fx")
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+ARM = platform.machine().lower() in ("aarch64", "arm64")
 # Sums that keep what they lose, and numbers that are not finite, mean what is written.
 _EXACT = ("-fno-unsafe-math-optimizations", "-fno-finite-math-only")
 # What loops gain from more, they say themselves; -O3 takes nearly twice as long to compile.
@@ -22,7 +23,7 @@ FLAGS = ("-O2", "-ffp-contract=fast", *_EXACT, *(("-mprefer-vector-width=512",) 
 
 @functools.cache
 def library(*files: str, define: str = "") -> ctypes.CDLL | None:
-    """The compiled `files`, one after the other and after `#define` `define`, or None where they cannot be had; the log says
+    """The compiled `files` (of this folder, or elsewhere by their whole paths), one after the other and after `#define` `define`, or None where they cannot be had; the log says
     why."""
     try:
         from torch._inductor.codecache import CppCodeCache
@@ -35,5 +36,5 @@ def library(*files: str, define: str = "") -> ctypes.CDLL | None:
 
 def source(*files: str, define: str = "") -> str:
     return f"#define {define}\n" * bool(define) + "\n".join(
-        Path(__file__).with_name(name).read_text() for name in files
+        (Path(__file__).parent / name).read_text() for name in files
     )

@@ -21,6 +21,7 @@ INLINE void each_target(const Call& q, Columns columns, const RowBlock& block, c
 template <typename Entry>
 INLINE void make_gradient(const Call& q, Columns columns, float* tile, const RowBlock& block, const RowState& state, bool bias,
                           const Entry& entry) {
+  const Phase phase(kExponentials);
   for (int64_t c = 0; c < columns.count; ++c) {
     const float w = q.class_weight ? q.class_weight[columns.first + c] : 1.0f;
     Floats total = {};
@@ -64,9 +65,10 @@ void gradient_of(const Call& q, Columns columns, float* tile, const RowBlock& bl
 
 // --- gradient of hidden ------------------------------------------------------------------------------------------------------
 
-// Copy a chunk's weights as the right factor of the gradient of hidden, where that is not what `left` is.
+// Pack a chunk's weights as the right factor of the gradient of hidden, where they are not as they lie in memory.
 void pack_right(const Call& q, const Sizes& s, Columns columns, const Buffers& own) {
-  if (kPack == 1) return;
+  if (in_place(q)) return;
+  const Phase phase(kPacking);
   for (int64_t k = 0; k < s.span; k += kPanel)
     pack_panel(weight_of(q), columns.first, columns.count, k, own.right + k * s.pairs);
 }
@@ -74,15 +76,18 @@ void pack_right(const Call& q, const Sizes& s, Columns columns, const Buffers& o
 // d_hidden (D / panel, R, panel) = or += tile^T W, for the rows of a block, which begin at `first` among `all` rows.
 void add_hidden(const Call& q, const Sizes& s, Columns columns, const float* tile, const RowBlock& block, int64_t first, int64_t all,
                 const Buffers& own, float* d_hidden, bool add) {
+  const Phase phase(kHiddenGradient);
   const float* const words = pair_columns(tile, columns.count, block.padded, own.words);
   const int64_t length = up(columns.count, kPack) / kPack;
-  Nothing nothing;
+  const Nothing nothing;
   for (int64_t k = 0; k < s.span; k += kPanel) {
+    const Right panel = in_place(q) ? Right{reinterpret_cast<const float*>(q.weight) + columns.first * q.weight_row + k, q.weight_row}
+                                    : Right{own.right + k * s.pairs, kPanel};
     float* const out = d_hidden + k * all + first * kPanel;
     in_blocks(block.count, [&](auto size, int64_t r) __attribute__((always_inline)) {
       constexpr int kR = decltype(size)::kValue;
       const Left left = {words + r, 1, block.padded, 1, length, 0};
-      multiply<kR, 2, 1, 0>(left, own.right + k * s.pairs, out + r * kPanel, kPanel, add, nothing, nothing);
+      multiply<kR, 2, 1, 0>(left, panel, out + r * kPanel, kPanel, add, nothing, nothing);
     });
   }
 }
@@ -101,6 +106,7 @@ struct Panels {
   bool all(const Sizes& s) const { return group == s.span; }
 
   void take(const Call& q, const Sizes& s, int64_t row, int64_t count, int64_t first) const {
+    const Phase phase(kPacking);
     for (int64_t k = first; k < std::min(first + group, s.span); k += kPanel)
       pack_panel(hidden_of(q), row, count, k, at(count, k - first));
   }
@@ -123,7 +129,8 @@ struct Tiles {
 };
 
 template <int kR>
-INLINE void weight_block(const Call& q, const Tiles& tiles, int64_t c, const float* panel, const Target& out, int64_t k, bool add) {
+INLINE void weight_block(const Call& q, const Tiles& tiles, int64_t c, const float* panel, const Target& out, int64_t k, bool add,
+                         Ahead<true>& ahead) {
   const int64_t whole = tiles.count / tiles.block, done = whole * tiles.block, left_rows = tiles.count - done;
   const int64_t words = tiles.block / kPack, padded = up(left_rows, kFill) / kPack;
   const int64_t wide = std::min(kPanel, out.width - k);
@@ -132,14 +139,14 @@ INLINE void weight_block(const Call& q, const Tiles& tiles, int64_t c, const flo
   float* const to = apart ? sums : out.line(c) + k;
   const int64_t step = apart ? kPanel : out.step;
   const bool add_here = add && !apart;
-  Nothing nothing;
+  const Nothing nothing;
   if (whole) {
     const Left left = {tiles.at + c * words, words, 1, whole, words, q.columns * words};
-    multiply<kR, 2, 0, 1>(left, panel, to, step, add_here, nothing, nothing);
+    multiply<kR, 2, 0, 1>(left, {panel, kPanel}, to, step, add_here, ahead, nothing);
   }
   if (left_rows) {
     const Left left = {tiles.at + done / kPack * q.columns + c * padded, padded, 1, 1, up(left_rows, kPack) / kPack, 0};
-    multiply<kR, 2, 0, 1>(left, panel + done / kPack * kPanel, to, step, whole || add_here, nothing, nothing);
+    multiply<kR, 2, 0, 1>(left, {panel + done / kPack * kPanel, kPanel}, to, step, whole || add_here, ahead, nothing);
   }
   for (int64_t i = 0; apart && i < kR; ++i) {
     float* const line = out.line(c + i) + k;
@@ -149,6 +156,7 @@ INLINE void weight_block(const Call& q, const Tiles& tiles, int64_t c, const flo
 
 // out (C, D) of a chunk = or += tiles @ hidden.
 void add_weight(const Call& q, const Sizes& s, Columns columns, const Tiles& tiles, const Panels& panels, Target out, bool add) {
+  const Phase phase(kWeightGradient);
   for (int64_t first = 0; first < out.width; first += panels.group) {
     if (!panels.all(s)) panels.take(q, s, tiles.row, tiles.count, first);
     const int64_t last = std::min(first + panels.group, out.width);
@@ -157,10 +165,10 @@ void add_weight(const Call& q, const Sizes& s, Columns columns, const Tiles& til
       const int64_t below = c + 2 * kR <= columns.count ? c + kR : c;
       for (int64_t k = first; k < last; k += kPanel) {
         const bool more = k + kPanel < last;  // what comes next is in no cache, as a rule
-        for (int64_t i = 0; i < kR; ++i)
-          for (int64_t j = 0; j < kPanel; j += 16)
-            __builtin_prefetch(out.line((more ? c : below) + i) + (more ? k + kPanel : first) + j, 1, 3);
-        weight_block<kR>(q, tiles, c, panels.at(tiles.count, k - first), out, k, add);
+        const float* const next = out.line(more ? c : below) + (more ? k + kPanel : first);
+        const int64_t words = up(tiles.count, kPack) / kPack, lines = kR * kPanel / 16;
+        Ahead<true> ahead = {reinterpret_cast<const char*>(next), 4 * out.step, 4 * kPanel, kR, (lines * kUnroll + words - 1) / words};
+        weight_block<kR>(q, tiles, c, panels.at(tiles.count, k - first), out, k, add, ahead);
       }
     });
   }

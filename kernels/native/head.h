@@ -3,6 +3,9 @@
 // Call, out goes a tile of products with the largest of each row. gradients.h goes on from there.
 
 #include <algorithm>
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 extern "C" {
 
@@ -22,11 +25,13 @@ struct Head {  // as in library.py
   // Statistics (n,): results of the sums, and given to what comes after them. target_logit is zero beforehand.
   float *highest, *sumexp, *target_logit;
   double* weighted_sum;
+  float *nll, *lse;  // of each row, made at the end of all steps; null where not wanted
   // Gradients (N, D), (V, D) and (V,), contiguous; null where not wanted.
   Number *d_hidden, *d_weight;
   float* d_bias;
   int64_t columns, threads;  // columns of a chunk
   float* workspace;          // as many numbers as `cce_workspace` says for the largest step
+  int64_t workspace_size;
 };
 
 // Rows first..last, `rows` at a time in blocks of `block`, and columns begin..end of the weight, `classes` at a time.
@@ -85,6 +90,7 @@ struct Sizes {
   int64_t block;    // rows of a row block
   int64_t pairs;    // words of a column of a chunk
   int64_t chunks;   // of columns
+  int64_t left;     // words of a block of weights as left factor
 
   explicit Sizes(const Call& q)
       : depth(up(q.width, kPack * kPanel) / kPack),
@@ -92,7 +98,8 @@ struct Sizes {
         rows(up(q.rows, kFill)),
         block(std::min(q.block, rows)),
         pairs(up(q.columns, kPack) / kPack),
-        chunks((q.end - q.begin + q.columns - 1) / q.columns) {}
+        chunks((q.end - q.begin + q.columns - 1) / q.columns),
+        left(kRows * std::min(depth, kSlab * kPanel)) {}
 
   int64_t row_blocks() const { return (rows + block - 1) / block; }
 };
@@ -131,6 +138,17 @@ Matrix hidden_of(const Call& q) {
 
 // --- memory ----------------------------------------------------------------------------------------------------------------
 
+// With AddressSanitizer, a guard after each part of a workspace finds what goes beyond it.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kGuard = 16;
+void guard(float* at) { __asan_poison_memory_region(at, sizeof(float) * kGuard); }
+void take_guards(float* at, int64_t count) { __asan_unpoison_memory_region(at, sizeof(float) * count); }
+#else
+constexpr int64_t kGuard = 0;
+void guard(float*) {}
+void take_guards(float*, int64_t) {}
+#endif
+
 // Memory that is taken from its beginning on; without a base, how much that is.
 struct Workspace {
   float* base;
@@ -138,7 +156,8 @@ struct Workspace {
 
   float* take(int64_t count) {
     float* const part = base ? base + used : nullptr;
-    used += up(count, kLanes);
+    used += up(count, kLanes) + kGuard;
+    if (base) guard(base + used - kGuard);
     return part;
   }
 };
@@ -187,17 +206,22 @@ struct StoredTiles {
   }
 };
 
-// What a thread works with: the weights of a chunk as left and as right factor, a tile, and the largest products so far.
+// Whether weights are right factors as they lie in memory.
+bool in_place(const Call& q) { return false && STORAGE == 0 && q.weight_column == 1 && q.width % kPanel == 0; }
+
+// What a thread works with: two blocks of weights as left factors (one where a chunk has no more), a chunk of them as right factor,
+// a tile, and the largest products so far.
 struct Buffers {
-  float *left, *bias, *tile, *words, *peak, *right;
+  float *left, *bias, *tile, *words, *peak, *odd, *right;
 
   Buffers(const Call& q, const Sizes& s, bool tiles, int64_t rows, Workspace& workspace)
-      : left(workspace.take(q.columns * s.depth)),
+      : left(workspace.take((1 + (q.columns > kRows)) * s.left)),
         bias(workspace.take(q.columns)),
         tile(tiles ? workspace.take(q.columns * rows) : nullptr),
         words(kPack == 1 ? nullptr : workspace.take((q.columns + 1) * s.block / 2)),
         peak(workspace.take(s.block)),
-        right(kPack == 1 ? left : q.d_hidden ? workspace.take(s.pairs * s.span) : nullptr) {}
+        odd(workspace.take(s.block)),
+        right(q.d_hidden && !in_place(q) ? workspace.take(s.pairs * s.span) : nullptr) {}
 };
 
 // The part of the workspace that belongs to a thread; all have one size.
@@ -230,7 +254,9 @@ void in_threads(const Call& q, const Sizes& s, const Part& part) {
 
 // The same number wherever it is used, and not a part of a fused multiplication and subtraction in one place.
 INLINE Floats rounded(Floats value) {
-#ifdef __AVX512F__
+#if defined(__aarch64__)
+  asm("" : "+w"(value));
+#elif defined(__AVX512F__)
   asm("" : "+v"(value));
 #else
   asm("" : "+x"(value));
@@ -247,60 +273,60 @@ void copy_bias(const Call& q, Columns columns, float* bias) {
   for (int64_t c = 0; c < columns.count; ++c) bias[c] = q.bias ? q.bias[columns.first + c] * q.inner : 0.0f;
 }
 
-// A block of products: inner (W h + b) where they are the `last` of their sum, and peak (R,) the largest of them and before.
-template <int kR, int kV>
+// A block of products: inner (W h + b) where they are the `last` of their sum. `peak` (R,) becomes the largest of them and before,
+// and `odd` (R,) is no longer zero where one is not finite, which a maximum may not tell.
+template <int kR, int kV, typename Hint>
 INLINE void logits_block(const Call& q, const Left& left, const float* panel, const float* bias, float* tile, int64_t rows,
-                         float* peak, bool add, bool last, Ahead& ahead) {
-  multiply<kR, kV, kPanel, 1>(left, panel, tile, rows, add, ahead, [&](Floats(&sums)[kR][kV]) __attribute__((always_inline)) {
+                         float* peak, float* odd, bool add, bool last, Hint& hint) {
+  multiply<kR, kV, kPanel, 1>(left, {panel, kV * kLanes}, tile, rows, add, hint, [&](Floats(&sums)[kR][kV]) __attribute__((always_inline)) {
     if (!last) return;
+#pragma GCC unroll 16
     for (int v = 0; v < kV; ++v) {
-      Floats top = load(peak + v * kLanes);
+      Floats top = load(peak + v * kLanes), wrong = load(odd + v * kLanes);
+#pragma GCC unroll 16
       for (int i = 0; i < kR; ++i) {
-        sums[i][v] = sums[i][v] * q.inner + bias[i];
-        top = larger(sums[i][v], top);
+        const Floats z = sums[i][v] * q.inner + bias[i];
+        top = z > top ? z : top;
+        wrong += z * 0.0f;
+        sums[i][v] = z;
       }
       store(peak + v * kLanes, top);
+      store(odd + v * kLanes, wrong);
     }
   });
 }
 
-// Words of `count` lines of the weight that come after line `row`, from word k on, to be asked for in `times` portions.
-INLINE Ahead weights_after(const Call& q, int64_t row, int64_t count, int64_t k, int64_t words, int64_t times) {
-  if (q.weight_column != 1 || row >= q.classes) return {};
-  const int64_t first = k * kPack, bytes = sizeof(Number) * std::min(words * kPack, q.width - first);
-  count = std::min(count, q.classes - row);
-  const int64_t lines = count * ((bytes + 63) / 64);
-  return {reinterpret_cast<const char*>(q.weight + row * q.weight_row + first), int64_t(sizeof(Number)) * q.weight_row, bytes, count,
-          (lines + times - 1) / times};
-}
-
-// tile (C, R) = the products of a chunk with the rows of `packed`. The weights are copied to `own.left` where `copy`.
-void make_logits(const Call& q, const Sizes& s, Columns columns, const float* packed, int64_t rows, const Buffers& own, float* tile,
-                 bool copy) {
+// tile (C, R) = the products of a chunk with the rows of `packed`. Weights are packed block by block: the first at once, and each
+// other one while the block before it is multiplied.
+void make_logits(const Call& q, const Sizes& s, Columns columns, const float* packed, int64_t rows, const Buffers& own, float* tile) {
+  const Phase phase(kLogits);
   const Matrix weight = weight_of(q);
   const int64_t panels = s.depth / kPanel;
+  std::fill_n(own.odd, rows, 0.0f);
+  // Where every other block goes: behind the one before it, or behind its rows in each panel, which are few where there are several.
+  const int64_t other = q.columns > kRows ? s.left : kFewRows * kPanel;
+  int64_t number = 0;  // of a block
   for (int64_t slab = 0; slab < panels; slab += kSlab) {
     const int64_t now = std::min(kSlab, panels - slab), from = slab * kPanel;
     const bool last = slab + now == panels;
+    const int64_t hints = std::max<int64_t>(now * (kPanel / kUnroll) * (rows / kPanel), 1);
+    const auto packing = [&](int64_t c) {
+      const int64_t left = columns.count - c, count = left >= kRows ? kRows : left >= kFewRows ? kFewRows : std::min<int64_t>(left, 1);
+      return PackAhead(weight, columns.first + c, count, from, now, own.left + number++ % 2 * other, kRows * kPanel, hints);
+    };
+    PackAhead next = packing(0);
     in_blocks(columns.count, [&](auto size, int64_t c) __attribute__((always_inline)) {
       constexpr int kR = decltype(size)::kValue;
-      float* const lines = own.left + from * q.columns + c * kPanel;
-      const int64_t row = columns.first + c, below = c + 2 * kR <= columns.count ? kR * rows : 0;
-      Ahead ahead = {};
-      if (copy) {
-        for (int64_t p = 0; p < now; ++p) pack_rows(weight, row, kR, from + p * kPanel, lines + p * q.columns * kPanel);
-        ahead = weights_after(q, row + kR, kR, from, now * kPanel, now * ((rows + kPanel - 1) / kPanel));
-      }
-      for (int64_t i = 0; i < kR; ++i)  // a kept tile may be in no cache
-        for (int64_t j = 0; j < rows; j += 16) __builtin_prefetch(tile + (c + i) * rows + below + j, 1, 3);
-      const Left left = {lines, kPanel, 1, now, kPanel, q.columns * kPanel};
+      next.finish();
+      const Left left = {next.to, kPanel, 1, now, kPanel, kRows * kPanel};
+      next = packing(c + kR);
       int64_t r = 0;
       for (; r + kPanel <= rows; r += kPanel)
         logits_block<kR, 2>(q, left, packed + r * s.depth + from * kPanel, own.bias + c, tile + c * rows + r, rows, own.peak + r,
-                            slab > 0, last, ahead);
+                            own.odd + r, slab > 0, last, next);
       if (r < rows)
         logits_block<kR, 1>(q, left, packed + r * s.depth + from * kLanes, own.bias + c, tile + c * rows + r, rows, own.peak + r,
-                            slab > 0, last, ahead);
+                            own.odd + r, slab > 0, last, next);
     });
   }
 }

@@ -15,7 +15,7 @@ import threading
 
 import torch
 
-from .build import X86, library
+from .build import ARM, X86, library
 
 # Logits of a problem for which to compile, which takes about as long as two hundred times as many of them.
 FEWEST_LOGITS = 1 << 24
@@ -37,10 +37,12 @@ class Head(ctypes.Structure):
         *((name, _POINTER) for name in ("index", "target")),
         *((name, _POINTER) for name in ("prob", "hit", "uniform", "uniform_weight")),
         *((name, _POINTER) for name in ("highest", "sumexp", "target_logit", "weighted_sum")),
+        *((name, _POINTER) for name in ("nll", "lse")),
         *((name, _POINTER) for name in ("d_hidden", "d_weight", "d_bias")),
         ("columns", _COUNT),
         ("threads", _COUNT),
         ("workspace", _POINTER),
+        ("workspace_size", _COUNT),
     ]
 
 
@@ -63,6 +65,7 @@ class Library:
         head, step = ctypes.POINTER(Head), ctypes.POINTER(Step)
         self.run = _function(found.cce_run, _FLAG, head, step, _COUNT, ctypes.POINTER(_COUNT))
         self.workspace = _function(found.cce_workspace, _COUNT, head, step)
+        self.are_classes = _function(found.cce_are_classes, _FLAG, _POINTER, _COUNT, _COUNT)
         self.rounds = dtype != torch.float32  # gradients in half precision cannot be added to: each is written once
         sizes = [_function(f, _COUNT)() for f in (found.cce_head_size, found.cce_step_size)]
         assert sizes == [ctypes.sizeof(Head), ctypes.sizeof(Step)]
@@ -76,7 +79,7 @@ def _function(found, result, *arguments):  # type: ignore[no-untyped-def]
 def on_this_machine() -> bool:
     """Whether the code is written for this processor and this system."""
     has = torch.cpu.get_capabilities()
-    return X86 and sys.platform == "linux" and all(has.get(feature) for feature in ("avx2", "fma3", "f16c"))
+    return sys.platform == "linux" and (ARM or (X86 and all(has.get(f) for f in ("avx2", "fma3", "f16c"))))
 
 
 _prepared: set[torch.dtype] = set()

@@ -163,6 +163,8 @@ class _Planner:
             if larger is not None and (first is None or larger.rows > first.rows):
                 if larger.rows < min(s.rows, FEWEST_ROWS):
                     return []
+                wider = self._tiles(0, larger.rows, in_weight=True, part=2)
+                larger = wider if self.size(wider) <= self.budget else larger
                 larger.last = larger.rows
                 rest = self._stored(larger.rows) if larger.rows < s.rows else None
                 return [larger] if rest is None else [larger, rest]
@@ -180,9 +182,10 @@ class _Planner:
             return None
         return self._evened(left, step, make)
 
-    def _tiles(self, begin: int, rows: int, in_weight: bool) -> Step:
-        each = (1 + self.threads) * self.sizes.width  # numbers that a row of a block takes: a small part of all
-        fitting = (b for b in self._blocks(_BLOCK, FEWEST_ROWS) if 4 * b * each <= self.budget)
+    def _tiles(self, begin: int, rows: int, in_weight: bool, part: int = 4) -> Step:
+        """A step that stores tiles; what belongs to the rows of a block takes at most one of `part` parts of the workspace."""
+        each = (1 + self.threads) * self.sizes.width
+        fitting = (b for b in self._blocks(_BLOCK, FEWEST_ROWS) if part * b * each <= self.budget)
         block = next(fitting, FEWEST_ROWS)
         return self.step(TILES, begin, rows, block, hidden=self.sizes.hidden, weights=True, in_weight=in_weight)
 

@@ -16,7 +16,7 @@ from ..combine import local_class_weight
 from ..rows import Coefficients, Rows
 from ..spec import Epilogue, Grads, Norm, Partials, Problem, Sizes
 from . import plan
-from .library import DONE, MORE, Head, compiled
+from .library import DONE, MORE, Head, Library, compiled
 from .plan import MOST_THREADS, Plan
 
 _NO_GRADS = Grads(None, None, None)
@@ -64,12 +64,15 @@ class _Run:
         p, self.rows = problem, rows
         self.kept: list[Tensor] = []
         weights = local_class_weight(p) if p.smooth else None
+        threads = min(torch.get_num_threads(), MOST_THREADS)
+        # Rows that are left out count for the default: fewer would make smaller steps.
+        workspace = p.workspace or plan.default_workspace(p.hidden.shape[0], p.weight.shape[0], threads)
         sizes = Sizes(
             p.hidden.dtype, rows.count, *p.weight.shape, p.epilogue.softcap is not None, p.smooth,
-            c is not None and c.uniform is not None, *(t is not None for t in out), p.workspace,
+            c is not None and c.uniform is not None, *(t is not None for t in out), workspace,
         )  # fmt: skip
-        self.sizes = sizes, min(torch.get_num_threads(), MOST_THREADS)
-        inner, outer = _scales(p.epilogue)
+        self.sizes = sizes, threads
+        inner, outer = scales(p.epilogue)
         at = self.address
         self.head = Head(
             weight=at(p.weight), weight_row=p.weight.stride(0), weight_column=p.weight.stride(1),
@@ -107,14 +110,20 @@ class _Run:
         head, code = self.head, compiled(self.sizes[0].dtype)
         assert code is not None
         workspace = torch.empty(chosen.size)
-        head.workspace, head.threads, head.columns = workspace.data_ptr(), chosen.threads, chosen.columns
-        position, state = ctypes.c_int64(0), MORE
-        while state == MORE:  # an interrupt gets its turn every now and then
-            state = code.run(head, chosen.array, len(chosen.steps), position)
-        return state == DONE
+        head.workspace, head.workspace_size = workspace.data_ptr(), chosen.size
+        head.threads, head.columns = chosen.threads, chosen.columns
+        return steps_taken(code, head, chosen) == DONE
 
 
-def _scales(e: Epilogue) -> tuple[float, float]:
+def steps_taken(code: Library, head: Head, chosen: Plan) -> int:
+    """Take all steps of a plan, and say how that ended; an interrupt gets its turn every now and then."""
+    position, state, array = ctypes.c_int64(0), MORE, chosen.array
+    while state == MORE:
+        state = code.run(head, array, len(array), position)
+    return state
+
+
+def scales(e: Epilogue) -> tuple[float, float]:
     """What a product is multiplied by before the tanh, or altogether, and after it."""
     if e.softcap is None:
         return e.scale * e.post_scale, 1.0

@@ -11,6 +11,9 @@
 
 #include <chrono>
 #include <utility>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 namespace {
 
@@ -83,6 +86,7 @@ void exponentials(const Call& q, Columns columns, float* tile, int64_t rows, con
 }
 
 void take_exponentials(const Call& q, Columns columns, float* tile, int64_t rows, const Sums& own) {
+  const Phase phase(kExponentials);
   const auto exponentials_of = q.capped ? (q.weighted ? exponentials<true, true> : exponentials<true, false>)
                                         : (q.weighted ? exponentials<false, true> : exponentials<false, false>);
   exponentials_of(q, columns, tile, rows, own, q.stores || q.d_hidden);
@@ -101,8 +105,14 @@ void shrink(const Call& q, const Sizes& s, const RowBlock& block, const Sums& ow
 }
 
 // Take the largest logits so far from the largest products; earlier sums become relative to them.
-void take_peaks(const Call& q, const Sizes& s, const RowBlock& block, const Sums& own) {
+void take_peaks(const Call& q, const Sizes& s, Columns columns, const float* tile, const RowBlock& block, const Sums& own) {
+  const Phase phase(kExponentials);
   for (int64_t j = 0; j < block.padded; j += kLanes) {
+    if (sum_of(load(own.odd + j)) != 0.0f) {  // the largest of them once more, with a NaN as the largest of all
+      Floats top = load(own.peak + j);
+      for (int64_t c = 0; c < columns.count; ++c) top = larger(load(tile + c * block.padded + j), top);
+      store(own.peak + j, top);
+    }
     const Floats top = logit_of(q, load(own.peak + j)), before = load(own.top + j);
     const Floats shift = top == -INFINITY ? Floats{} : top;  // exponentials of a row without any finite logit are 0
     const Floats factor = exp_floor(before - shift);
@@ -126,8 +136,8 @@ void sum_up(const Call& q, const Sizes& s, const RowBlock& block, const float* p
     const Columns columns(q, chunk);
     float* const tile = q.stores ? block.of(stored.tile(q, s, chunk), q, s) : own.tile;
     copy_bias(q, columns, own.bias);
-    make_logits(q, s, columns, packed, block.padded, own, tile, true);
-    take_peaks(q, s, block, own);
+    make_logits(q, s, columns, packed, block.padded, own, tile);
+    take_peaks(q, s, columns, tile, block, own);
     each_target(q, columns, block, [&](int64_t r, int64_t c) {
       const float x = tile[c * block.padded + r], t = q.capped ? tanh_of(x) : 0.0f;
       q.target_logit[q.first + block.first + r] = q.capped ? t * q.outer : x;
@@ -271,7 +281,7 @@ void make_weights(const Call& q, const Sizes& s, const RowState& state, const We
     for (int64_t n = 0; n < s.row_blocks(); ++n) {
       const RowBlock block(q, s, n);
       pack_transposed(hidden_of(q), block.first, block.count, block.padded, s.depth, own.packed);
-      make_logits(q, s, columns, own.packed, block.padded, own, own.tile, n == 0);
+      make_logits(q, s, columns, own.packed, block.padded, own, own.tile);
       gradient(q, columns, own.tile, block, state, q.d_bias);
       if (!q.d_weight) continue;
       if (own.all(s)) own.take(q, s, block.first, block.count, 0);
@@ -305,7 +315,7 @@ void make_again(const Call& q, const Sizes& s, const float* packed, const RowSta
     for (int64_t n = 0; n < s.row_blocks(); ++n) {
       const RowBlock block(q, s, n);
       float* const tile = block.of(own.tile, q, s);
-      make_logits(q, s, columns, packed + block.first * s.depth, block.padded, own, tile, n == 0);
+      make_logits(q, s, columns, packed + block.first * s.depth, block.padded, own, tile);
       gradient(q, columns, tile, block, state, q.d_bias);
       if (!q.d_hidden) continue;
       if (n == 0) pack_right(q, s, columns, own);
@@ -319,6 +329,23 @@ void make_again(const Call& q, const Sizes& s, const float* packed, const RowSta
 }
 
 // --- calls -----------------------------------------------------------------------------------------------------------------
+
+// How many numbers the workspace of a call has to have.
+int64_t size_of(const Call& q, int64_t kind) {
+  const Sizes s(q);
+  Workspace workspace{nullptr};
+  const RowState state(s, workspace);
+  if (kind == kWeights) return size_with<Weights>(q, s, workspace);
+  const StoredTiles stored(q, s, workspace);
+  Workspace more = workspace;
+  more.take((kind == kGradients ? s.rows : s.block) * s.depth);
+  if (kind == kGradients) return size_with<Recomputed>(q, s, more);
+#if STORAGE == 0
+  return std::max(size_with<Sums>(q, s, more), size_with<FromTiles>(q, s, workspace));
+#else
+  return size_with<Sums>(q, s, more);
+#endif
+}
 
 // Sums of the rows, the gradient of hidden where it is wanted, and stored tiles. Whether all that is finite.
 bool make_sums(const Call& q) {
@@ -336,7 +363,10 @@ bool make_sums(const Call& q) {
       sum_up(q, s, block, packed, state, stored, part_of<Sums>(q, s, workspace, t), chunks);
     });
 #pragma omp parallel for schedule(static) num_threads(q.threads) reduction(+ : wrong) if (q.threads > 1)
-    for (int64_t r = 0; r < block.count; ++r) wrong += finish_row(q, s, block, state, workspace, r);
+    for (int64_t r = 0; r < block.count; ++r) {
+      const Phase phase(kHiddenGradient);
+      wrong += finish_row(q, s, block, state, workspace, r);
+    }
   }
   return wrong == 0.0f;
 }
@@ -348,6 +378,7 @@ void use_stored(const Call& q) {
   Workspace workspace{q.workspace};
   const RowState state(s, workspace);
   const StoredTiles stored(q, s, workspace);
+  if (kGuard > 0) take_guards(q.workspace + workspace.used, size_of(q, kTiles) - workspace.used);  // of the sums
   in_threads(q, s, [&](int64_t t, Span chunks) {
     use_tiles(q, s, state, stored, part_of<FromTiles>(q, s, workspace, t), chunks);
   });
@@ -385,14 +416,41 @@ void make_gradients(const Call& q) {
 
 // Whether what was made is finite, where that has to be known.
 bool make(const Call& q, int64_t kind) {
-  if (kind == kWeights) return make_weights(q), true;
-  if (kind == kGradients) return make_gradients(q), true;
-  const bool finite = make_sums(q);
-  if (!finite && (q.d_hidden || q.stores)) return false;
+  bool finite = true;
+  if (kind == kWeights) {
+    make_weights(q);
+  } else if (kind == kGradients) {
+    make_gradients(q);
+  } else {
+    finite = make_sums(q) || !(q.d_hidden || q.stores);
 #if STORAGE == 0
-  if (kind == kTiles) use_stored(q);
+    if (finite && kind == kTiles) use_stored(q);
 #endif
-  return true;
+  }
+  if (kGuard > 0) take_guards(q.workspace, size_of(q, kind));
+  return finite;
+}
+
+// The loss of each row and the logarithm of its sum, from its sums.
+void finish(const Head& head, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r) {
+    const float highest = head.highest[r], log_sum = std::log(head.sumexp[r]);
+    // The difference first: lse - z_t would cancel the leading digits of two large numbers.
+    head.nll[r] = (highest - head.target_logit[r]) + log_sum;
+    head.lse[r] = std::isinf(highest) ? highest : highest + log_sum;
+  }
+}
+
+// Large pages, where the system has them: memory that is new costs a fault for each page of 4 KiB when it is written.
+void ask_for_large_pages(void* memory, int64_t bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t kPage = 2 << 20;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;
+  if (memory && first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)memory, (void)bytes;
+#endif
 }
 
 }  // namespace
@@ -403,6 +461,10 @@ enum State { kDone, kMore, kNotFinite };
 
 // Take steps from piece number `position` of all of theirs on, for half a second, so that whoever waits may interrupt.
 int32_t cce_run(const Head* head, const Step* steps, int64_t count, int64_t* position) {
+  if (*position == 0) {
+    ask_for_large_pages(head->d_weight, head->classes * head->width * sizeof(Number));
+    ask_for_large_pages(head->workspace, head->workspace_size * sizeof(float));
+  }
   const auto begin = std::chrono::steady_clock::now();
   int64_t before = 0;
   for (int64_t i = 0; i < count; before += pieces(steps[i++]))
@@ -410,26 +472,28 @@ int32_t cce_run(const Head* head, const Step* steps, int64_t count, int64_t* pos
       if (std::chrono::steady_clock::now() - begin > std::chrono::milliseconds(500)) return kMore;
       if (!make(Call(*head, steps[i], *position - before), steps[i].kind)) return kNotFinite;
     }
+  if (head->nll) finish(*head, steps[count - 1].last);
   return kDone;
 }
 
-// How many numbers the workspace of a step has to have.
-int64_t cce_workspace(const Head* head, const Step* step) {
-  const Call q(*head, *step, 0);
-  const Sizes s(q);
-  Workspace workspace{nullptr};
-  const RowState state(s, workspace);
-  if (step->kind == kWeights) return size_with<Weights>(q, s, workspace);
-  const StoredTiles stored(q, s, workspace);
-  Workspace more = workspace;
-  more.take((step->kind == kGradients ? s.rows : s.block) * s.depth);
-  if (step->kind == kGradients) return size_with<Recomputed>(q, s, more);
-#if STORAGE == 0
-  return std::max(size_with<Sums>(q, s, more), size_with<FromTiles>(q, s, workspace));
-#else
-  return size_with<Sums>(q, s, more);
-#endif
+// Whether each target (n,) is one of the classes.
+int32_t cce_are_classes(const int64_t* target, int64_t n, int64_t classes) {
+  bool all = true;
+  for (int64_t r = 0; r < n; ++r) all &= uint64_t(target[r]) < uint64_t(classes);
+  return all;
 }
+
+// How many numbers the workspace of a step has to have.
+int64_t cce_workspace(const Head* head, const Step* step) { return size_of(Call(*head, *step, 0), step->kind); }
+
+#ifdef PHASES
+// Ticks in each phase since the last call.
+void cce_phases(int64_t* ticks) {
+  for (int i = 0; i < kPhases; ++i) ticks[i] = phase_ticks[i].exchange(0);
+}
+
+int64_t cce_ticks() { return ticks_now(); }
+#endif
 
 // For the other side to compare.
 int64_t cce_head_size() { return sizeof(Head); }

@@ -9,7 +9,9 @@
 
 namespace {
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__aarch64__)
+constexpr int64_t kLanes = 4;
+#elif defined(__AVX2__) && !defined(__AVX512F__)
 constexpr int64_t kLanes = 8;
 #else
 constexpr int64_t kLanes = 16;  // split up where registers are narrower
