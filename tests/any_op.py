@@ -134,7 +134,8 @@ def calls_of(op: OpInfo) -> Iterator[Call]:
             "operator": op.operator_variant, "in-place operator": op.inplace_operator_variant}  # fmt: skip
     torch.manual_seed(0)
     try:
-        made = op.sample_inputs("cpu", dtype, requires_grad=op.supports_autograd)
+        # Not `op.sample_inputs`, which goes through the stack of its callers at each sample.
+        made = op.sample_inputs_func(op, "cpu", dtype, op.supports_autograd)
         samples = list(itertools.islice(made, MOST_SAMPLES))
     except Exception:  # some need what is not installed
         return
