@@ -22,7 +22,6 @@ from ._torch import (
     lookup_backend,
 )
 from .distributed import op as op  # a graph from torch's caches may hold its operators
-from .distributed.agree import agree_on_losses
 from .first_call import watched
 from .functional import prepare
 from .options import Options, split
@@ -30,6 +29,7 @@ from .outputs import CutOutputs, cut_outputs, restore
 from .passes import Candidate, Report, fakes
 from .passes.faults import Fault, Undo, failed, stage
 from .passes.pipeline import apply, source_digest
+from .passes.sharded import agree_on_losses
 from .passes.trace import written_inputs
 from .passes.values import output_of, value_of
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from .functional import is_filter
-from .passes.decide import Policy
+from .passes.policy import Policy
 
 _CHOICES = {
     "logits": ("lazy", "keep"),

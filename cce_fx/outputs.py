@@ -19,9 +19,10 @@ from .lazy.gathered import is_let_go_early
 from .options import Options
 from .passes.autocast import autocast_at
 from .passes.canonical import canonical
-from .passes.decide import Policy, illegal_head
+from .passes.decide import illegal_head
 from .passes.fakes import WouldGuard
 from .passes.faults import Undo
+from .passes.policy import Policy
 from .passes.registry import BEGINNERS
 from .passes.rewriter import erase_unused
 from .passes.sharded import sharded_nodes

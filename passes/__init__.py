@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pass: fx graphs in, fx graphs with cut cross-entropy out. See docs/architecture.md for the way through it."""
 
-from .decide import Policy
 from .pipeline import CutCrossEntropyPass, rewrite
+from .policy import Policy
 from .registry import BEGINNERS, RULES, Call, rule
 from .report import Declined, Report, Rewritten
 from .values import Candidate, Decline, LogitsView, LossSite, Operand, OwnReason, Reason, Step

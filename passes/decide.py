@@ -7,8 +7,7 @@ Legality comes first and needs nothing but the candidate. What it is worth is co
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.fx import Node
@@ -16,23 +15,11 @@ from torch.fx import Node
 from .._torch import FakeTensor
 from ..functional import DTYPES, makes_grads_in_forward
 from .memory import D, N, V, bytes_needed, bytes_saved
+from .policy import Policy
 from .sharded import has_divided_classes, has_sharded_head, is_sharded, refusal
 from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, value_of
 
 _SMALLEST_VOCAB = 32
-
-
-@dataclass(frozen=True)
-class Policy:
-    """The user's part in the decision."""
-
-    strategy: Literal["auto", "grads_in_forward", "recompute"] = "auto"
-    min_vocab: int | None = None  # classes below which a head is left alone; None is max(D, 32) + 1
-    workspace: int | None = None  # bytes
-    filter_eps: float | Literal["auto"] | None = None
-    tiers: Literal["all", "kernel"] = "all"  # whether losses that no kernel knows are cut as row programs
-    compiled: bool = True  # whether row programs are compiled by inductor
-    tune: bool = False  # block shapes by timing, where the kernel has a choice
 
 
 def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) -> LossSite | Decline:

@@ -6,17 +6,15 @@ Of a head of DTensors, N and V are those of all processes and bytes those of one
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import sympy
 import torch
 
 from ..functional import Sizes, statistics_dtype, workspace
+from .policy import Policy
 from .sharded import division, has_divided_classes
 from .values import Candidate, Operand, value_of
-
-if TYPE_CHECKING:
-    from .decide import Policy
 
 N, D, V = sympy.symbols("N D V", positive=True, integer=True)
 # Sums, targets, coefficients and statistics of a row, in elements of the statistics' dtype, at the moment of the peak.

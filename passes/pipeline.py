@@ -16,9 +16,10 @@ from torch.fx import Graph, GraphModule, Node
 from .._torch import CustomGraphPass, HigherOrderOperator
 from ..functional import __file__ as functional_file
 from . import fakes
-from .decide import Policy, decide
+from .decide import decide
 from .faults import Fault, Undo, failed, stage
 from .modules import inline_known
+from .policy import Policy
 from .programs.tier import Cut, cut_rows
 from .registry import rules_text
 from .report import Declined, Report, Rewritten

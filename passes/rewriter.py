@@ -14,8 +14,8 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 from .._torch import GraphAppendingTracer
 from ..functional import KernelSpec, filter_bound, row_statistics, site_loss, statistics_dtype, target_logit, top_class
 from ..kernels.spec import Needs
-from .decide import Policy
 from .fakes import WouldGuard, propagate
+from .policy import Policy
 from .sharded import has_sharded_head, write_loss
 from .values import Candidate, Decline, Form, LogitsView, LossSite, Operand, Reason, Result, value_of
 

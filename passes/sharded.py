@@ -7,12 +7,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch.fx import Node
 
 from .canonical import canonical
-from .values import Candidate, LogitsView, LossSite, Result, value_of
+from .values import Candidate, LogitsView, LossSite, Result, source_line, value_of
 
 
 def is_sharded(value: Any) -> bool:
@@ -98,3 +99,28 @@ def _was_placed(node: Node) -> bool:
 def sharded_nodes(view: LogitsView) -> list[Node]:
     """The nodes of a view that are DTensors."""
     return [n for n in (*view.path, *(o.node for o in view.operands)) if is_sharded(value_of(n))]
+
+
+def agree_on_losses(candidates: Sequence[Candidate], rewritten: set[str], policy: object) -> None:
+    """Compare what was decided for each loss on a head of DTensors, over every dimension of its mesh.
+
+    Args:
+        candidates: the losses of a graph.
+        rewritten: the names of those that were rewritten.
+        policy: the options that decided, which have a text.
+
+    Raises:
+        RuntimeError: as `cce_fx.distributed.agree.agree`.
+    """
+    for c in candidates:
+        if not has_sharded_head(c.view):
+            continue
+        from ..distributed.agree import agree
+
+        mesh = value_of(c.view.linear).device_mesh
+        mesh = getattr(mesh, "real_obj", mesh)  # inside Dynamo's fake object
+        outcome = "cut" if c.anchor.name in rewritten else "not cut"
+        choice = f"{outcome}, {c.result.name}, {c.loss}, {policy}"
+        what = f"the loss at {source_line(c.anchor) or c.anchor.name} over {c.view.classes} classes"
+        for dim in range(mesh.ndim):
+            agree(mesh.get_group(dim), what, choice)

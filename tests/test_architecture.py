@@ -32,15 +32,17 @@ FILES = [p for folder in ALLOWED for p in sorted((ROOT / folder).rglob("*.py"))]
 # The implementations of the contract in kernels/spec.py, which `kernels/choose.py` alone knows.
 IMPLEMENTATIONS = ("portable", "native", "triton")
 MODULES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-    for folder in ("kernels", "benchmarks")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__").removeprefix("cce_fx."): path
+    for folder in ("cce_fx", "passes", "kernels", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*.py"))
+    # cce_fx/passes and cce_fx/kernels are links, and the package's own file imports its modules when they are asked for.
+    if path.resolve() == path and path != ROOT / "cce_fx" / "__init__.py"
 }
 
 
 def imports(path: Path) -> set[str]:
     """The project's modules that a file imports, absolute, those inside functions too."""
-    package = ["cce_fx", *path.relative_to(ROOT).parent.parts]
+    package = ["cce_fx", *[part for part in path.relative_to(ROOT).parent.parts if part != "cce_fx"]]
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):

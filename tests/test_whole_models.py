@@ -24,6 +24,7 @@ FEW = [
 ]
 
 
+@pytest.mark.sample(6)  # each takes half a minute
 @pytest.mark.parametrize("which", FEW)
 def test_an_architecture_holds(which: str) -> None:
     use = zoo.apart(examine, which, "aot_eager greedy", 1800, failed=Use)

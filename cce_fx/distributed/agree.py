@@ -6,15 +6,9 @@ Over the process group's store and not by a collective, which is itself what pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
-
 import torch.distributed as dist
 
 from .._torch import process_group_store
-
-if TYPE_CHECKING:
-    from ..passes import Candidate, Policy
 
 _agreed: dict[tuple[str, str], list[str]] = {}
 
@@ -47,32 +41,6 @@ def agree(group: dist.ProcessGroup, what: str, choice: str) -> None:
                 f"{rank} has {theirs}. Give every process the same options, model and versions."
             )
     known.append(choice)
-
-
-def agree_on_losses(candidates: Sequence[Candidate], rewritten: set[str], policy: Policy) -> None:
-    """Compare what was decided for each loss on a head of DTensors, over every dimension of its mesh.
-
-    Args:
-        candidates: the losses of a graph.
-        rewritten: the names of those that were rewritten.
-        policy: the options that decided.
-
-    Raises:
-        RuntimeError: as `agree`.
-    """
-    from ..passes.sharded import has_sharded_head
-    from ..passes.values import source_line, value_of
-
-    for c in candidates:
-        if not has_sharded_head(c.view):
-            continue
-        mesh = value_of(c.view.linear).device_mesh
-        mesh = getattr(mesh, "real_obj", mesh)  # inside Dynamo's fake object
-        outcome = "cut" if c.anchor.name in rewritten else "not cut"
-        choice = f"{outcome}, {c.result.name}, {c.loss}, {policy}"
-        what = f"the loss at {source_line(c.anchor) or c.anchor.name} over {c.view.classes} classes"
-        for dim in range(mesh.ndim):
-            agree(mesh.get_group(dim), what, choice)
 
 
 def _read(store: dist.Store, key: str, what: str, rank: int, group: dist.ProcessGroup) -> str:

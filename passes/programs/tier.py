@@ -13,9 +13,10 @@ from torch.fx import GraphModule, Node
 
 from ...functional import makes_grads_in_forward
 from ..canonical import canonical
-from ..decide import Policy, illegal_head, least_classes, row_count
+from ..decide import illegal_head, least_classes, row_count
 from ..faults import Undo
 from ..memory import N
+from ..policy import Policy
 from ..report import Rewritten
 from ..rewriter import logits_use
 from ..sharded import is_sharded
