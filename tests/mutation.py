@@ -28,6 +28,33 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "a softmax over rows is one over classes",
+        "passes/programs/operations.py",
+        """    for d in over:
+        mix(value.dims[d], call.name)
+    dims = list(value.dims)
+""",
+        "    dims = list(value.dims)\n",
+    ),
+    Fault(
+        "an axis that is mixed may have rows",
+        "passes/programs/axes.py",
+        "        if one.row and other.mixed:\n",
+        "        if one.row and other.mixed and False:\n",
+    ),
+    Fault(
+        "places chosen among rows are each row's own",
+        "passes/programs/operations.py",
+        "        if rows and isinstance(i.source, Places):\n",
+        "        if rows:\n",
+    ),
+    Fault(
+        "a gradient flows through what the program took without one",
+        "passes/programs/stretch.py",
+        "            if flows and not value.requires_grad:\n",
+        "            if False:\n",
+    ),
+    Fault(
         "ignore_index is dropped from the mean",
         "cce_fx/functional.py",
         "valid = target != loss.ignore_index",

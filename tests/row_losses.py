@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 N, B, T, D, E, V, K = 24, 4, 6, 2, 3, 50, 3
@@ -297,3 +298,85 @@ def rolled(h: Heads, d: Data) -> Tensor:
 def a_marginal(h: Heads, d: Data) -> Tensor:
     p = h.s(d.x).softmax(-1).mean(0)
     return (p * p.log()).sum()
+
+
+class Doubled(torch.autograd.Function):
+    """A gradient that is not the operation's."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+@mixed
+def a_gradient_of_its_own(h: Heads, d: Data) -> Tensor:
+    return Doubled.apply(h.s(d.x)).pow(2).sum(-1).mean()
+
+
+@mixed
+def hidden_changed_between(h: Heads, d: Data) -> Tensor:
+    x = d.x * 1.0
+    p = h.s(x.clone()).softmax(-1)
+    with torch.no_grad():
+        d.e.mul_(1.0)
+    kept = d.a.clone()
+    scaled = p * kept[:, None]
+    kept.zero_()
+    return scaled.pow(2).sum(-1).mean() + kept.sum()
+
+
+@mixed
+def logits_changed_under_another_name(h: Heads, d: Data) -> Tensor:
+    z = h.s(d.x) * 1.0
+    other = z.view(-1)
+    other[0] = 3.0
+    z.t()[1].mul_(0.5)
+    return z.softmax(-1).pow(2).sum(-1).mean()
+
+
+@mixed
+def a_watched_gradient(h: Heads, d: Data) -> Tensor:
+    z = h.s(d.x)
+    z.register_hook(lambda g: g * 3)
+    return z.sigmoid().sum(-1).mean()
+
+
+@mixed
+def a_checkpoint(h: Heads, d: Data) -> Tensor:
+    def inner(x: Tensor) -> Tensor:
+        return (h.s(x).softmax(-1) * h.t(d.e).softmax(-1)).sum(-1).log().mean()
+
+    return torch.utils.checkpoint.checkpoint(inner, d.x, use_reentrant=False)
+
+
+@mixed
+def logits_returned_too(h: Heads, d: Data) -> tuple[Tensor, Tensor]:
+    z = h.s(d.x)
+    return z.softmax(-1).pow(2).sum(-1).mean(), z
+
+
+@mixed
+def a_size_that_is_no_shape(h: Heads, d: Data) -> Tensor:
+    return (h.s(d.x) * d.x.size(0)).tanh().sum(-1).mean() / d.x.size(0)
+
+
+@mixed
+def no_rows_at_all(h: Heads, d: Data) -> Tensor:
+    return h.s(d.x[:0]).sigmoid().sum(-1).sum() + d.x.sum()
+
+
+@mixed
+def a_network_behind(h: Heads, d: Data) -> Tensor:
+    best = h.s(d.x).argmax(-1)
+    return (h.s.weight[best] * d.x).sum(-1).mean()
+
+
+@mixed
+def autocast_within(h: Heads, d: Data) -> Tensor:
+    z = h.s(d.x)
+    with torch.autocast("cpu", enabled=False):
+        return (z.sigmoid() @ h.s.weight).pow(2).sum(-1).mean()

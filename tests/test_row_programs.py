@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import cce_fx
+from cce_fx.functional import Output, RowProgram
 from tests import row_losses
 from tests.helpers import assert_no_worse
 from tests.row_losses import LOSSES, MIXED, Data, Heads, Loss, data
@@ -70,6 +71,58 @@ def test_rows_of_any_number(name: str, heads: Heads) -> None:
 @pytest.mark.parametrize("name", MIXED)
 def test_a_loss_that_mixes_rows_is_left_alone_or_right(name: str, heads: Heads) -> None:
     check(MIXED[name], data(), heads, torch.compile(MIXED[name], backend="cce", options=OPTIONS))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_the_same_at_lengths_that_change(name: str, heads: Heads) -> None:
+    if {"B", "N"} & set(MIXED[name].__code__.co_names):
+        pytest.skip("its sizes are fixed")
+    compiled = torch.compile(MIXED[name], backend="cce", options=OPTIONS, dynamic=True)
+    for n in (24, 7):
+        check(MIXED[name], data(n, n), heads, compiled)
+
+
+@pytest.mark.parametrize("workspace", [1, 1 << 12, None])
+def test_any_workspace(workspace: int | None, heads: Heads) -> None:
+    loss = LOSSES["kl_distillation"]
+    check(loss, data(), heads, torch.compile(loss, backend="cce", options={**OPTIONS, "workspace": workspace}))
+
+
+def test_a_block_compiled_by_inductor(heads: Heads) -> None:
+    loss = LOSSES["cross_entropy_with_entropy"]
+    check(loss, data(), heads, torch.compile(loss, backend="cce", options={"min_vocab": 0}))
+
+
+def test_left_alone_where_only_kernels_are_wanted(heads: Heads) -> None:
+    report = cce_fx.explain(LOSSES["focal"], heads, data(), options=cce_fx.Options(**OPTIONS, tiers="kernel"))
+    assert not report.rewritten
+
+
+def test_layers_of_a_model_are_no_row_programs() -> None:
+    torch._dynamo.reset()
+    model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
+    report = cce_fx.explain(lambda x: model(x).pow(2).mean(), torch.randn(64, 8), options=cce_fx.Options(**OPTIONS))
+    assert not report.rewritten
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_operators(early: bool) -> None:
+    code = (
+        ("aten.mul.Tensor", [{"head": 0}, {"row": 0}], {}),
+        ("aten.logsumexp.default", [{"made": [0, None]}, [0]], {}),
+    )
+    program = RowProgram(code, (Output({"made": [1, None]}, (), "float32", True),)).text()
+    hidden, weight = torch.randn(20, 4, requires_grad=True), torch.randn(30, 4, requires_grad=True)
+    rows = torch.rand(20, requires_grad=True)
+    if early:
+        needs = [True, True, True]
+        given = ([hidden], [weight], [rows], [], [torch.rand(20)], needs, program, None, False)
+        torch.library.opcheck(torch.ops.cce.rows_with_grads.default, given)
+    else:
+        torch.library.opcheck(torch.ops.cce.rows.default, ([hidden], [weight], [rows], [], program, None, False))
+    want = torch.logsumexp((hidden @ weight.T) * rows[:, None], -1)
+    (got,) = torch.ops.cce.rows([hidden], [weight], [rows], [], program, None, False)
+    torch.testing.assert_close(got, want)
 
 
 def test_the_losses_differ_from_each_other() -> None:

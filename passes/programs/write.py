@@ -13,12 +13,12 @@ from torch.fx import GraphModule, Node, Proxy
 from ...functional import run_rows
 from ..canonical import mutated_arguments
 from ..fakes import propagate
+from ..policy import Policy
 from ..rewriter import Builder, head_operands
 from ..trace import storage_of
 from ..values import LogitsView, Operand, value_of
 from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
 from .emit import Emitted, RowInput, emit
-from .policy import Policy
 from .stretch import Exit, Stretch
 
 
