@@ -324,7 +324,7 @@ def hidden_changed_between(h: Heads, d: Data) -> Tensor:
     with torch.no_grad():
         d.e.mul_(1.0)
     kept = d.a.clone()
-    scaled = p * kept[:, None]
+    scaled = p + kept[:, None]
     kept.zero_()
     return scaled.pow(2).sum(-1).mean() + kept.sum()
 

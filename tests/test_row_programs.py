@@ -102,7 +102,7 @@ def test_layers_of_a_model_are_no_row_programs() -> None:
     torch._dynamo.reset()
     model = torch.nn.Sequential(torch.nn.Linear(8, 32), torch.nn.GELU(), torch.nn.Linear(32, 8))
     report = cce_fx.explain(lambda x: model(x).pow(2).mean(), torch.randn(64, 8), options=cce_fx.Options(**OPTIONS))
-    assert not report.rewritten
+    assert {r.classes for r in report.rewritten} <= {8}, "the last, whose numbers are summed up"
 
 
 @pytest.mark.parametrize("early", [False, True])

@@ -199,6 +199,8 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _recorded(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> list[Value]:
+        if func.namespace != "aten":
+            raise NotByRows(f"`{func}` is no operation of torch's own")
         name = func.overloadpacket.__name__
         rule = self._rules.get(name)
         self.products += name in PRODUCTS

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..._torch import tree_leaves, tree_map
+from ..._torch import HigherOrderOperator, tree_leaves, tree_map
 from ..autocast import autocast_at, under
 from ..canonical import canonical, mutated_arguments
 from ..values import Form, LogitsView, value_of
@@ -225,6 +225,8 @@ class _Reader:
     def _call(self, node: Node) -> tuple[Callable[..., Any], Any, Any]:
         if node.op not in ("call_function", "call_method"):
             raise NotByRows(f"a node of kind {node.op}")
+        if isinstance(node.target, HigherOrderOperator):
+            raise NotByRows("an operation with a graph, or a gradient, of its own")
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), self._argument)
         target: Any = node.target
         if node.op == "call_method":
