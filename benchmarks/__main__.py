@@ -14,6 +14,7 @@ COMMANDS = {
     "report": "markdown tables and pictures from what the other programs wrote",
     "kernel": "the CPU kernel alone beside the bare matrix products",
     "filtered": "the bounded filter on a trained model, on a GPU",
+    "programs": "losses of the rows that no kernel knows: distillation, margins, many labels",
     "step": "a whole training step of a Llama",
     "memory_timeline": "what holds memory over one training step, as a picture",
     "quality": "whether training goes as in eager",

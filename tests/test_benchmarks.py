@@ -213,3 +213,13 @@ def test_each_peer_has_tensors_of_its_own() -> None:
     torch._dynamo.utils.counters["cce_fx"].clear()
     made["cce_fx"].calls(*values)["train"]()
     assert torch._dynamo.utils.counters["cce_fx"]["rewritten"] == 1
+
+
+def test_programs_compares_losses_of_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "programs.json"
+    main(f"programs --scale 64 --rounds 1 --only kl,labels --backends eager,cce --json {path}".split())
+    found = json.loads(path.read_text())
+    assert "labels" in capsys.readouterr().out
+    for each in found.values():
+        assert abs(each["losses"]["cce"] - each["losses"]["eager"]) < 1e-4
+        assert each["peaks"]["cce"] < each["peaks"]["eager"]
