@@ -253,6 +253,29 @@ def logits_given_as_targets(h: Heads, d: Data) -> Tensor:
     return F.mse_loss(h.s(d.x), wanted) + F.smooth_l1_loss(h.s(d.x).softmax(-1), wanted.softmax(-1), reduction="sum")
 
 
+@loss
+def metrics_before_the_loss(h: Heads, d: Data) -> tuple[Tensor, Tensor]:
+    z = h.s(d.x)
+    p = z.softmax(-1)
+    with torch.no_grad():
+        sure = p.max(-1).values.mean()
+    return (p**2).sum(-1).mean(), sure
+
+
+@loss
+def hidden_made_in_place(h: Heads, d: Data) -> Tensor:
+    x = d.x * 2.0
+    x.add_(d.a[:, None])
+    return h.s(x).sigmoid().sum(-1).mean()
+
+
+@loss
+def a_target_made_late(h: Heads, d: Data) -> tuple[Tensor, Tensor]:
+    z = h.s(d.x).tanh()
+    large = z.amax(-1).mean()
+    return F.cross_entropy(z, d.y.roll(1)), large
+
+
 @mixed
 def softmax_over_rows(h: Heads, d: Data) -> Tensor:
     return (h.s(d.x).softmax(0) ** 2).sum(-1).mean()

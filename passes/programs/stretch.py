@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from ..._torch import HigherOrderOperator, tree_leaves, tree_map
 from ..autocast import autocast_at, under
 from ..canonical import canonical, mutated_arguments
+from ..trace import Trace
 from ..values import Form, LogitsView, value_of
 from .axes import Axis, Dim, NotByRows, fresh, rows_in
 from .emit import row_axes, row_shape
@@ -56,29 +57,27 @@ class _Large(Exception):
         self.heads, self.node = heads, node
 
 
-def stretch_of(
-    graph: Graph, heads: dict[Node, LogitsView], views: dict[Node, LogitsView], sizes: Callable[[Any], Any]
-) -> Stretch:
+def stretch_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any]) -> Stretch:
     """The stretch that begins at some heads. Those whose logits are needed for something else are left out.
 
     Args:
         graph: with example values.
         heads: linear layers, and what each is.
-        views: the trace's, whose rows may have been moved.
+        found: what else the graph holds: views whose rows were moved, and nodes under transforms.
         sizes: a number for a size that is a symbol.
     """
-    found = _stretch_of(graph, heads, views, sizes, pulls=True)
-    if len(found.heads) < len(heads):
+    best = _stretch_of(graph, heads, found, sizes, pulls=True)
+    if len(best.heads) < len(heads):
         # What is made for each row anew may be what does not fit.
-        other = _stretch_of(graph, heads, views, sizes, pulls=False)
-        found = other if len(other.heads) > len(found.heads) else found
-    return found
+        other = _stretch_of(graph, heads, found, sizes, pulls=False)
+        best = other if len(other.heads) > len(best.heads) else best
+    return best
 
 
-def _stretch_of(graph: Graph, heads: Any, views: Any, sizes: Callable[[Any], Any], pulls: bool) -> Stretch:
+def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> Stretch:
     left, refused = dict(heads), {}
     while left:
-        reader = _Reader(graph, left, views, sizes, pulls)
+        reader = _Reader(graph, left, trace, sizes, pulls)
         try:
             found = reader.read()
         except _Large as large:
@@ -91,11 +90,12 @@ def _stretch_of(graph: Graph, heads: Any, views: Any, sizes: Callable[[Any], Any
 
 
 class _Reader:
-    def __init__(self, graph: Graph, heads: Any, views: Any, sizes: Callable[[Any], Any], pulls: bool) -> None:
+    def __init__(self, graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> None:
         self._pulls = pulls
         logits = [torch.Size([sizes(s) for s in view.shape]).numel() for view in heads.values()]
         self._size: int = min(logits) // 2
-        self._graph, self._heads, self._views, self._sizes = graph, heads, views, sizes
+        self._graph, self._heads, self._sizes = graph, heads, sizes
+        self._views, self._transformed = trace.views, trace.transformed
         self._recorder = Recorder(RULES, is_pointwise)
         self._values: dict[Node, Any] = {}  # of nodes outside, with fakes of our own
         self._inside: dict[Node, Any] = {}
@@ -225,6 +225,8 @@ class _Reader:
     def _call(self, node: Node) -> tuple[Callable[..., Any], Any, Any]:
         if node.op not in ("call_function", "call_method"):
             raise NotByRows(f"a node of kind {node.op}")
+        if node in self._transformed:
+            raise NotByRows("a transform of torch.func is active")
         if isinstance(node.target, HigherOrderOperator):
             raise NotByRows("an operation with a graph, or a gradient, of its own")
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), self._argument)

@@ -74,7 +74,7 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple
     Returns what was written, and the nodes that are gone with it.
     """
     heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
-    stretch = stretch_of(gm.graph, heads, found.views, numbers(gm.graph, _FIRST[0]))
+    stretch = stretch_of(gm.graph, heads, found, numbers(gm.graph, _FIRST[0]))
     for node, why in stretch.refused.items():
         _log.debug("not in a row program: %s, %s", node.name, why)
     if not stretch.exits:
@@ -154,7 +154,7 @@ def _has_symbols(stretch: Stretch) -> bool:
 
 def _check_sizes(gm: GraphModule, heads: dict[Node, LogitsView], found: Trace, stretch: Stretch) -> None:
     """Raise NotByRows where the program depends on sizes that are symbols: two choices of them give two programs."""
-    other = stretch_of(gm.graph, heads, found.views, numbers(gm.graph, _FIRST[1]))
+    other = stretch_of(gm.graph, heads, found, numbers(gm.graph, _FIRST[1]))
     for one, two in zip(stretch.exits, other.exits, strict=True):
         if emit([one.value]).program != emit([two.value]).program:
             raise NotByRows("the program depends on a size that is not fixed")

@@ -54,44 +54,72 @@ def _groups(stretch: Stretch, order: dict[Node, int]) -> list[tuple[Emitted, lis
                 joined = emit([*(e.value for e in exits), exit.value])
             except NotByRows:
                 continue
-            if joined.rows == emitted.rows and _latest(joined, stretch, order) < order[exits[0].first]:  # type: ignore[index]
-                groups[number] = (joined, [*exits, exit])
+            together = [*exits, exit]
+            if joined.rows == emitted.rows and _latest(joined, together, stretch, order) < order[place_of(together)]:
+                groups[number] = (joined, together)
                 break
         else:
             groups.append((emit([exit.value]), [exit]))
     for emitted, exits in groups:
-        if _latest(emitted, stretch, order) >= order[exits[0].first]:  # type: ignore[index]
+        if _latest(emitted, exits, stretch, order) >= order[place_of(exits)]:
             raise NotByRows("a value that the program reads is made after what it makes is read")
     return groups
 
 
-def _read(emitted: Emitted, stretch: Stretch) -> set[Node]:
-    """The graph's nodes that a program reads."""
+def place_of(exits: list[Exit]) -> Node:
+    """The node before which the program of some exits stands: the first that reads one, or what switched gradients off for it."""
+    first = exits[0].first
+    assert first is not None
+    off: list[Node] = []
+    for node in first.graph.nodes:
+        if node is first:
+            break
+        name = getattr(node.target, "__name__", "")
+        if name == "_enter_inference_mode" or (name == "_set_grad_enabled" and node.args[0] is False):
+            off.append(node)
+        elif name == "_exit_inference_mode" or name == "_set_grad_enabled":
+            off.clear()
+    return off[0] if off and any(e.value.grad for e in exits) else first
+
+
+def _read(emitted: Emitted, exits: list[Exit], stretch: Stretch) -> set[Node]:
+    """The graph's nodes that a program, and what is left of its reductions, read."""
     found: set[Node] = set()
     for given in (*(r.node for r in emitted.row_inputs), *emitted.shared):
         found |= set(given.nodes) if isinstance(given, Operand) else {given} if given is not None else set()
     for head in emitted.heads:
         view = stretch.heads[head]
         found |= {n for operand in (view.hidden, view.weight) for n in operand.nodes}
+    for split in (e.split for e in exits if e.split is not None):
+        found |= {n for n in (split.target, split.weight) if isinstance(n, Node)}
     return found
 
 
-def _latest(emitted: Emitted, stretch: Stretch, order: dict[Node, int]) -> int:
-    return max(order[n] for n in _read(emitted, stretch))
+def _latest(emitted: Emitted, exits: list[Exit], stretch: Stretch, order: dict[Node, int]) -> int:
+    return max(order[n] for n in _read(emitted, exits, stretch))
 
 
 def _check_memory(
     gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: list[Exit], order: dict[Node, int]
 ) -> None:
-    """Raise where what a program reads is written to between where the stretch reads it and where the program does."""
-    read = _read(emitted, stretch)
-    memory = {storage_of(n) for n in read} - {None}
-    inside = set(stretch.inside)
-    low = min(order[n] for n in read)
-    high = max(order[n] for n in (*stretch.inside, exits[0].first))  # type: ignore[type-var]
+    """Raise where what a program reads is written to after the stretch first reads it, and before the program or the last does."""
+    inside = {*stretch.inside, *stretch.pulled, *(e.node for e in exits)}
+    heads: dict[Node, int] = {}
+    for h in emitted.heads:
+        view = stretch.heads[h]
+        for n in (n for operand in view.operands for n in operand.nodes):
+            heads[n] = min(order.get(view.linear, order[h]), heads.get(n, order[h]))
+    made: dict[int | None, int] = {}
+    for n in _read(emitted, exits, stretch):
+        read = [order[u] for u in n.users if u in inside] + ([heads[n]] if n in heads else [])
+        first = min(read, default=order[n])
+        made[storage_of(n)] = min(first, made.get(storage_of(n), first))
+    last = max(order[n] for n in (*stretch.inside, place_of(exits)))
     for node in gm.graph.nodes:
-        if low < order.get(node, -1) < high and node not in inside:
-            if any(storage_of(n) in memory for n in mutated_arguments(node)):
+        if node in inside or order.get(node, last) >= last:
+            continue
+        for memory in {storage_of(n) for n in mutated_arguments(node)} - {None}:
+            if made.get(memory, last) < order[node]:
                 raise NotByRows(f"`{node.name}` writes to what the program reads")
 
 
@@ -101,7 +129,7 @@ def _write_group(
     builder = Builder(gm.graph, {})
     replaced: list[tuple[Node, Node]] = []
     try:
-        with builder.before(exits[0].first):  # type: ignore[arg-type]
+        with builder.before(place_of(exits)):
             heads = [head_operands(builder, stretch.heads[h]) for h in emitted.heads]
             rows = _Rows(emitted, stretch.heads[emitted.heads[0]], heads[0][0])
             inputs = [rows.input(builder, given) for given in emitted.row_inputs]
