@@ -25,6 +25,8 @@ _log = logging.getLogger("cce_fx")
 class Fault(Exception):
     """A failure of the project's own at a stage of its work, with the nodes that it was at; its cause is what was raised."""
 
+    __cause__: BaseException | None
+
     def __init__(self, stage: str, nodes: Iterable[Node]) -> None:
         super().__init__(stage)
         self.stage: str = stage

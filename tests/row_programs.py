@@ -190,7 +190,7 @@ def draw(seed: int, mixes: bool = False) -> Program:
         )
         for n in names
     )
-    shape = r.choice([(12,), (17,), (33,), (3, 5), (2, 8)])
+    shape = r.choice([(12,), (17,), (33,), (3, 5), (1, 9), (7, 1)])
     return Program(
         heads=tuple(r.random() < 0.5 for _ in range(r.randint(1, 3))),
         shape=shape,

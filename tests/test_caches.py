@@ -36,11 +36,12 @@ gen = torch.Generator().manual_seed(0)
 h, w = (torch.randn(*s, generator=gen).requires_grad_() for s in ((12, 6), (50, 6)))
 y = torch.randint(50, (12,), generator=gen)
 out, z = torch.compile(loss, backend="cce", options={"min_vocab": 0})(h, w, y)
+kind = type(z).__name__
 grads = torch.autograd.grad(out + z.exp().sum(), (h, w))
-kind = counters["aot_autograd"]
+found = counters["aot_autograd"]
 print(json.dumps({
     "values": [t.detach().flatten().tolist() for t in (out, z + 0, *grads)],
-    "lazy": type(z).__name__, "hits": kind["autograd_cache_hit"], "misses": kind["autograd_cache_miss"],
+    "lazy": kind, "hits": found["autograd_cache_hit"], "misses": found["autograd_cache_miss"],
 }))
 """
 

@@ -172,7 +172,7 @@ def check_drawn(program: Program) -> bool:
     for number, (e, a, o) in enumerate(zip(exact, eager, ours, strict=True)):
         if a is not None and not a.isfinite().all():
             continue  # a program without a meaning
-        assert_no_worse(f"result {number}", e, a, o, 64, size / 64, nearby=lambda n=number: nearby(n))
+        assert_no_worse(f"result {number}", e, a, o, 64, max(size, 1.0) / 64, nearby=lambda n=number: nearby(n))
     return bool(counters["cce_fx"]["rewritten"])
 
 

@@ -109,7 +109,7 @@ def _flowing(outputs: Sequence[Value], writer: _Writer) -> set[Any]:
         if isinstance(value.source, Made):
             stack += [v for v in _read((*value.source.args, *value.source.kwargs.values())) if v.grad]
         else:
-            ((kind, number),) = writer.named(value).items()
+            ((kind, number),) = writer.inputs[_key(value)].items()
             found.add((kind, number))
     return found
 
@@ -134,7 +134,8 @@ class _Writer:
     def __init__(self, found: Emitted) -> None:
         self.found: Emitted = found
         self.code: list[tuple[str, Any, Any]] = []
-        self._names: dict[int, Any] = {}  # of sources
+        self.inputs: dict[int, Any] = {}  # names of heads and leaves
+        self._names: dict[int, Any] = {}  # of everything, by where it comes from
 
     def named(self, value: Value) -> Any:
         name = self._names[_key(value)]
@@ -145,11 +146,15 @@ class _Writer:
         if key in self._names:
             return
         if isinstance(source, Head):
-            self._names[key] = {"head": _index(self.found.heads, source.node)}
+            self.inputs[key] = self._names[key] = {"head": _index(self.found.heads, source.node)}
+            shape = list(row_shape(value.dims))
+            if len(shape) > 1:  # rows of one, which are dimensions like others
+                self._names[key] = self._append("aten.reshape.default", [self._names[key], shape], {})
         elif isinstance(source, Leaf):
-            self._names[key] = self._leaf(source.node, value.dims)
+            self.inputs[key] = self._names[key] = self._leaf(source.node, value.dims)
         elif isinstance(source, Places):
             self._names[key] = self._places(value)
+            self.inputs[key] = {"places": key}  # no gradient flows to them
         else:
             args = [self._argument(a) for a in source.args]
             kwargs = {k: self._argument(v) for k, v in source.kwargs.items()}

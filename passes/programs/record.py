@@ -199,9 +199,11 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _recorded(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> list[Value]:
+        if name_of(func).startswith("nll_loss") and args[1].dtype not in (torch.int64, torch.uint8):
+            raise NotByRows("targets that torch itself refuses, and its decomposition does not")
         if func.namespace != "aten":
             raise NotByRows(f"`{func}` is no operation of torch's own")
-        name = func.overloadpacket.__name__
+        name = name_of(func)
         rule = self._rules.get(name)
         self.products += name in PRODUCTS
         if rule is None and self._is_pointwise(func):
@@ -259,6 +261,11 @@ def _written_back(view: OpOverload, whole: Tensor, part: Tensor, rest: tuple[Any
     if name == "detach":
         return part
     raise NotByRows(f"a part of a tensor, by `{name}`, is written to")
+
+
+def name_of(func: OpOverload) -> str:
+    """An operation's name without its overload."""
+    return str(func.overloadpacket.__name__)
 
 
 def _memory_of(fake: Tensor) -> int:
