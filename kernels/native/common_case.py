@@ -70,10 +70,12 @@ def _made(p: Problem, grad: Tensor | None, needs: tuple[bool, bool]) -> tuple[St
     assert code is not None
     if not code.are_classes(target.data_ptr(), rows, classes):
         return None
-    stats = Stats(*(torch.empty(rows) for _ in range(2)), torch.empty(0), *(torch.empty(rows) for _ in range(2)))
+    # Neither dtype nor device is the program's default.
+    nll, lse, smooth, highest, sumexp = (hidden.new_empty(n, dtype=torch.float32) for n in (rows, rows, 0, rows, rows))
+    stats = Stats(nll, lse, smooth, highest, sumexp)
     d_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
     d_weight = weight.new_empty(weight.shape) if needs[1] else None
-    workspace = torch.empty(made.plan.size + rows)
+    workspace = hidden.new_empty(made.plan.size + rows, dtype=torch.float32)
     head = Head.from_buffer_copy(made.head)
     head.workspace = at = workspace.data_ptr()
     head.target_logit = at + 4 * made.plan.size

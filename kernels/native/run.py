@@ -8,6 +8,7 @@ steps, and `steps.cpp` takes them.
 from __future__ import annotations
 
 import ctypes
+import functools
 
 import torch
 from torch import Tensor
@@ -100,8 +101,8 @@ class _Run:
     def make_sums(self) -> Partials:
         """Memory for the sums of the rows."""
         n, smooth = self.rows.count, self.rows.count if self.head.weighted else 0
-        new = torch.empty
-        made = Partials(new(n), new(n), torch.zeros(n), new(smooth, dtype=torch.float64))
+        new = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever the program's defaults are
+        made = Partials(new(n), new(n), new(n).zero_(), new(smooth, dtype=torch.float64))
         self.head.highest, self.head.sumexp, self.head.target_logit, self.head.weighted_sum = map(self.address, made)
         return made
 
@@ -109,7 +110,7 @@ class _Run:
         """Whether all steps were taken: those that add one-hot parts apart end where something is not finite."""
         head, code = self.head, compiled(self.sizes[0].dtype)
         assert code is not None
-        workspace = torch.empty(chosen.size)
+        workspace = torch.empty(chosen.size, dtype=torch.float32, device="cpu")
         head.workspace, head.workspace_size = workspace.data_ptr(), chosen.size
         head.threads, head.columns = chosen.threads, chosen.columns
         return steps_taken(code, head, chosen) == DONE

@@ -438,3 +438,22 @@ def test_the_common_loss_is_made_again_where_it_is_not_finite() -> None:
     )
     for a, b in zip((*stats, *grads), (*expected, *wanted), strict=True):
         assert a is None or torch.equal(a.isnan(), b.isnan())
+
+
+@needs_code
+@pytest.mark.parametrize("common", [True, False], ids=["the common loss", "another"])
+def test_defaults_of_the_program_are_not_the_kernels(common: bool) -> None:
+    """Compiled code writes float32 numbers into memory of the CPU, whatever `torch.empty` makes for the program."""
+    p = small(64, 64, 1000)
+    p = p if common else replace(p, bias=torch.zeros(1000))
+    library.prepare(torch.float32)
+    expected = native.forward_backward(p, row_grads(p), ALL)
+    grads, before = row_grads(p), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            found = native.forward_backward(p, grads, ALL)
+    finally:
+        torch.set_default_dtype(before)
+    for a, b in zip((*expected[0], *expected[1]), (*found[0], *found[1]), strict=True):
+        assert a is b is None or torch.equal(a, b)
