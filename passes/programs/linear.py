@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 from ..._torch import tree_leaves
 from ...functional import rows_with_grads, statistics_dtype
 from ..canonical import CASTS, canonical, mutated_arguments
-from ..fakes import propagate
+from ..fakes import WouldGuard, propagate
 from ..rewriter import Builder, erase_unused
 from ..values import same, value_of
 
@@ -183,10 +183,10 @@ def _rewrite(gm: GraphModule, call: Node, outputs: list[Node], scalar: Node, flo
             total, dtype = out[0], value_of(scalar).dtype
             total = total if statistics_dtype(value_of(hidden[0]).dtype) == dtype else total.to(dtype)  # type: ignore[index]
             parts = {o: out[o.args[1] + 1] for o in outputs}  # type: ignore[operator]
-    except _NotKnown:
+        propagate(gm, builder.written, grad=True)
+    except (_NotKnown, WouldGuard):
         builder.undo()
         return False
-    propagate(gm, builder.written, grad=True)
     scalar.replace_all_uses_with(total.node)
     for old, new in parts.items():
         old.replace_all_uses_with(new.node)

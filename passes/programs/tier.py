@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from ...functional import makes_grads_in_forward
 from ..canonical import canonical
 from ..decide import illegal_head, least_classes, row_count
+from ..fakes import WouldGuard
 from ..faults import Undo
 from ..memory import N
 from ..policy import Policy
@@ -84,7 +85,7 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple
             _check_sizes(gm, heads, found, stretch)
         undo.remember()
         groups = write(gm, stretch, policy)
-    except NotByRows as refusal:
+    except (NotByRows, WouldGuard) as refusal:
         _log.debug("no row program: %s", refusal)
         return [], set()
     erase(gm, stretch)

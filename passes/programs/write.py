@@ -134,7 +134,8 @@ def _write_group(
             rows = _Rows(emitted, stretch.heads[emitted.heads[0]], heads[0][0])
             inputs = [rows.input(builder, given) for given in emitted.row_inputs]
             shared = [_proxy(builder, s, stretch) for s in emitted.shared]
-            flat = [(h.reshape(-1, h_size), w) for (h, w), h_size in zip(heads, _widths(emitted, stretch), strict=True)]
+            widths = [stretch.heads[h].hidden_size for h in emitted.heads]
+            flat = [(h.reshape(-1, width), w) for (h, w), width in zip(heads, widths, strict=True)]
             flat = [hw if ("head", n) in emitted.flows else tuple(t.detach() for t in hw) for n, hw in enumerate(flat)]
             inputs = [x if ("row", n) in emitted.flows else x.detach() for n, x in enumerate(inputs)]
             shared = [x if ("shared", n) in emitted.flows else x.detach() for n, x in enumerate(shared)]
@@ -167,10 +168,6 @@ def _write_group(
         node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inside and user not in builder.written)
         replaced.append((node, made))
     return builder, replaced, out.node
-
-
-def _widths(emitted: Emitted, stretch: Stretch) -> list[Any]:
-    return [stretch.heads[h].hidden_size for h in emitted.heads]
 
 
 def _proxy(builder: Builder, given: Node | Operand, stretch: Stretch) -> Any:
