@@ -129,12 +129,16 @@ def head_operands(builder: Builder, view: LogitsView) -> tuple[Any, Any]:
 
 def logits_of(view: LogitsView, dtype: torch.dtype, hidden: Any, weight: Any, bias: Any) -> Any:
     """A view's value (..., V) in `dtype` for some of its rows, of tensors or of proxies."""
-    e, z = view.epilogue, torch.nn.functional.linear(hidden, weight, bias)
+    return _FORMS[view.form](after_product(view, dtype, torch.nn.functional.linear(hidden, weight, bias)))
+
+
+def after_product(view: LogitsView, dtype: torch.dtype, z: Any) -> Any:
+    """A view's logits in `dtype`, of hidden @ weight.T + bias: a tensor or a proxy."""
+    e = view.epilogue
     z = z if view.dtype == dtype else z.to(dtype)
     z = z if e.scale == 1.0 else z * e.scale
     z = z if e.softcap is None else torch.tanh(z / e.softcap) * e.softcap
-    z = z if e.post_scale == 1.0 else z * e.post_scale
-    return _FORMS[view.form](z)
+    return z if e.post_scale == 1.0 else z * e.post_scale
 
 
 def write_logits(gm: GraphModule, view: LogitsView, node: Node) -> bool:

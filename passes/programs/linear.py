@@ -228,9 +228,7 @@ def _later(gm: GraphModule, call: Node, scalar: Node, flowing: set[Node], order:
     stack = [n for f in flowing if f in order for n in f.all_input_nodes if n not in flowing]
     while stack:
         node = stack.pop()
-        if node is call or node in found or order[node] < order[call]:
-            if node is call:
-                continue
+        if node in found or order[node] <= order[call]:
             continue
         if any(n in flowing or n is call for n in node.all_input_nodes) or node.op not in (
             "call_function",

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..._torch import OpOverload
-from .axes import Dim, NotByRows, join, mix, regrouped, resolved, size_of
-from .record import PRODUCTS, Aligned, At, Call, Chosen, Made, Order, Places, Product, Shape, Value
+from .axes import Dim, NotByRows, fresh, join, mix, regrouped, resolved, size_of
+from .record import PRODUCTS, Aligned, At, Call, Chosen, Made, Order, Places, Product, Shape, Value, name_of
 
 RULES: dict[str, Callable[[Call], list[Value]]] = {}
 _ALSO_POINTWISE = {"where", "masked_fill", "clamp", "lerp", "_to_copy", "isin", "nan_to_num", "heaviside"}
@@ -22,7 +22,7 @@ _ALSO_POINTWISE = {"where", "masked_fill", "clamp", "lerp", "_to_copy", "isin", 
 
 def is_pointwise(func: OpOverload) -> bool:
     """Whether every place of an operation's result depends on the same places of its arguments, broadcast."""
-    return torch.Tag.pointwise in func.tags or func.overloadpacket.__name__ in _ALSO_POINTWISE
+    return torch.Tag.pointwise in func.tags or name_of(func) in _ALSO_POINTWISE
 
 
 def _rule(*names: str) -> Callable[[Callable[[Call], list[Value]]], Callable[[Call], list[Value]]]:
@@ -43,6 +43,13 @@ def _broadcast(values: Sequence[Value]) -> list[Dim]:
             join(here[0], other)
         found.append(here[0] if here else ())
     return found
+
+
+def _join_broadcast(dims: Sequence[Dim], wanted: Sequence[Dim]) -> None:
+    """Note that dimensions are broadcast to those that are wanted."""
+    for have, want in zip(reversed(dims), reversed(wanted), strict=False):
+        if have:
+            join(have, want)
 
 
 @_rule("pointwise")
@@ -83,7 +90,7 @@ def view(call: Call) -> list[Value]:
 def expand(call: Call) -> list[Value]:
     value, sizes = call["self"], call.out[0].shape
     before: list[Dim] = [*[()] * (len(sizes) - len(value.dims)), *value.dims]
-    dims = [d or call.fresh(size) for d, size in zip(before, sizes, strict=True)]
+    dims = [d or fresh(size) for d, size in zip(before, sizes, strict=True)]
     return call.made(Made("aten.expand.default", (Aligned(value, dims), Shape(dims))), dims)
 
 
@@ -133,7 +140,7 @@ def along(call: Call) -> list[Value]:
         mix(value.dims[d], call.name)
     dims = list(value.dims)
     if call.name == "topk":
-        dims[over[0]] = call.fresh(call.out[0].shape[over[0]])
+        dims[over[0]] = fresh(call.out[0].shape[over[0]])
         mix(dims[over[0]], call.name)
     at = [At(value.dims, d) for d in over]
     changed = {"dim": at[0]} if "dim" in call.arguments else {"dims": at}
@@ -150,7 +157,7 @@ def part(call: Call) -> list[Value]:
     gone = call.name in ("select", "unbind")
     dims = []
     for fake in call.out:
-        here = [] if gone else [call.fresh(fake.shape[d])]
+        here = [] if gone else [fresh(fake.shape[d])]
         for dim in here:
             mix(dim, call.name)
         dims.append([*value.dims[:d], *here, *value.dims[d + 1 :]])
@@ -171,7 +178,7 @@ def joined(call: Call) -> list[Value]:
         for other in values[1:]:
             for a, b in zip(dims, other.dims, strict=True):
                 join(a, b)
-        dims.insert(d, call.fresh(len(values)))
+        dims.insert(d, fresh(len(values)))
     else:
         for other in values:
             if len(other.dims) != rank:
@@ -180,7 +187,7 @@ def joined(call: Call) -> list[Value]:
             for n in range(rank):
                 if n != d:
                     join(dims[n], other.dims[n])
-        dims[d] = call.fresh(call.out[0].shape[d])
+        dims[d] = fresh(call.out[0].shape[d])
     mix(dims[d], call.name)
     return call.made(call.written(dim=At(dims, d)), dims)
 
@@ -247,9 +254,7 @@ def index_put(call: Call) -> list[Value]:
     at, among = _chosen_places(call, value, chosen)
     if at[-1] != len(value.dims) - 1:
         raise NotByRows("`index_put` of whole dimensions")
-    for have, want in zip(reversed(call["values"].dims), reversed(among), strict=False):
-        if have:
-            join(have, want)
+    _join_broadcast(call["values"].dims, among)
     aligned = [None if i is None else Aligned(i, among) for i in chosen]
     made = Made(
         call.full, (value, Chosen(value.dims, tuple(aligned)), Aligned(call["values"], among), call["accumulate"])
@@ -296,9 +301,7 @@ def product(call: Call) -> list[Value]:
     times = Value(dims, left.dtype, made, grad=flows)
     scaled = Value(dims, left.dtype, Made("aten.mul.Scalar", (times, call["alpha"])), grad=flows)
     added = call["self"]
-    for have, want in zip(reversed(added.dims), reversed(dims), strict=False):
-        if have:
-            join(have, want)
+    _join_broadcast(added.dims, dims)
     sum_ = Made("aten.add.Tensor", (scaled, Aligned(added, dims)), {"alpha": call["beta"]})
     return call.made(sum_, dims)
 
@@ -312,7 +315,7 @@ def filled(call: Call) -> list[Value]:
     kind = call.name.removesuffix("_like").removeprefix("new_")
     number = call["fill_value"] if kind == "full" else _FILLED[kind]
     fake = call.out[0]
-    dims = list(call["self"].dims) if call.name.endswith("_like") else [call.fresh(size) for size in fake.shape]
+    dims = list(call["self"].dims) if call.name.endswith("_like") else [fresh(size) for size in fake.shape]
     return call.made(Made("aten.full.default", (Shape(dims), number), {"dtype": fake.dtype}), dims, grad=False)
 
 
@@ -324,7 +327,7 @@ def scalar(call: Call) -> list[Value]:
 @_rule("arange")
 def arange(call: Call) -> list[Value]:
     fake = call.out[0]
-    dims = [call.fresh(fake.shape[0])]
+    dims = [fresh(fake.shape[0])]
     start, step = call.arguments.get("start", 0), call.arguments.get("step", 1)
     if fake.dtype == torch.int64 and (start, step) == (0, 1):
         return call.made(Places(), dims, grad=False)
@@ -335,7 +338,7 @@ def arange(call: Call) -> list[Value]:
 @_rule("eye")
 def eye(call: Call) -> list[Value]:
     fake = call.out[0]
-    rows, columns = (call.fresh(size) for size in fake.shape)
+    rows, columns = (fresh(size) for size in fake.shape)
     a = Value([rows, ()], torch.int64, Places())
     b = Value([(), columns], torch.int64, Places())
     dims = [rows, columns]
@@ -351,9 +354,7 @@ def copied(call: Call) -> list[Value]:
         return call.made(
             Made("aten.full.default", (Shape(value.dims), source), {"dtype": value.dtype}), value.dims, grad=False
         )
-    for have, want in zip(reversed(source.dims), reversed(value.dims), strict=False):
-        if have:
-            join(have, want)
+    _join_broadcast(source.dims, value.dims)
     cast = Value(source.dims, value.dtype, Made("aten._to_copy.default", (source,), {"dtype": value.dtype}))
     cast.grad = source.grad
     made = Made("aten.expand.default", (Aligned(cast, value.dims), Shape(value.dims)))
@@ -369,7 +370,6 @@ def diagonal(call: Call) -> list[Value]:
     d = call["dim1"] % 2
     rows, classes = value.dims[d], value.dims[1 - d]
     mix(classes, call.name)
-    places = Value([rows], torch.int64, Places())
-    chosen = [places if n != d else Value([rows], torch.int64, Places()) for n in range(2)]
-    made = Made("aten.index.Tensor", (value, Chosen(value.dims, tuple(Aligned(c, [rows]) for c in chosen))))
+    places = Aligned(Value([rows], torch.int64, Places()), [rows])
+    made = Made("aten.index.Tensor", (value, Chosen(value.dims, (places, places))))
     return call.made(made, [rows])

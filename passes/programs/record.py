@@ -27,7 +27,7 @@ from ..._torch import (
     tree_map_only,
 )
 from ..values import Operand
-from .axes import Dim, NotByRows, distinct, fresh
+from .axes import Dim, NotByRows, distinct
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +165,6 @@ class Recorder(TorchDispatchMode):
             self.enter(fake, Value([], fake.dtype, made))
         return self._values[id(fake)]
 
-    def knows(self, fake: object) -> bool:
-        return id(fake) in self._values
-
     def detach(self, fake: Tensor) -> None:
         """No gradient flows through a tensor, as the program has it."""
         value = self.value(fake)
@@ -188,7 +185,7 @@ class Recorder(TorchDispatchMode):
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotByRows(f"`{func}` draws random numbers")
         if func._schema.is_mutable:
-            self._write(func, args, kwargs, out)
+            self._write(func, args, kwargs)
             return out
         values = self._recorded(func, args, kwargs, out)
         for fake, value in zip(_tensors(out), values, strict=True):
@@ -199,11 +196,11 @@ class Recorder(TorchDispatchMode):
         return out
 
     def _recorded(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> list[Value]:
-        if name_of(func).startswith("nll_loss") and args[1].dtype not in (torch.int64, torch.uint8):
+        name = name_of(func)
+        if name.startswith("nll_loss") and args[1].dtype not in (torch.int64, torch.uint8):
             raise NotByRows("targets that torch itself refuses, and its decomposition does not")
         if func.namespace != "aten":
             raise NotByRows(f"`{func}` is no operation of torch's own")
-        name = name_of(func)
         rule = self._rules.get(name)
         self.products += name in PRODUCTS
         if rule is None and self._is_pointwise(func):
@@ -218,7 +215,7 @@ class Recorder(TorchDispatchMode):
             raise NotByRows(f"`{func}` is not known")
         return [self.value(t) for t in _tensors(made)]
 
-    def _write(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> None:
+    def _write(self, func: OpOverload, args: Any, kwargs: Any) -> None:
         """An operation in place is the one out of place, whose result takes the tensor's name."""
         first = args[0]
         packet, overload = func._schema.name.split("::")[1], func._overloadname
@@ -251,7 +248,7 @@ class Recorder(TorchDispatchMode):
 
 def _written_back(view: OpOverload, whole: Tensor, part: Tensor, rest: tuple[Any, ...]) -> Tensor:
     """What a tensor is after a view of it was written over."""
-    name, aten = view.overloadpacket.__name__, torch.ops.aten
+    name, aten = name_of(view), torch.ops.aten
     if name == "select":
         return aten.select_scatter.default(whole, part, *rest)
     if name == "slice":
@@ -280,7 +277,7 @@ class Call:
     """An aten operation as its rule sees it: values in the place of tensors, arguments by name."""
 
     def __init__(self, recorder: Recorder, func: OpOverload, args: Any, kwargs: Any, out: list[Tensor]) -> None:
-        self.name: str = func.overloadpacket.__name__
+        self.name: str = name_of(func)
         self.full: str = f"aten.{self.name}.{func._overloadname}"
         self.out: list[Tensor] = out
         self._recorder = recorder
@@ -319,6 +316,3 @@ class Call:
         return [
             self._recorder.new(fake, d, source, n, flows) for fake, d, n in zip(self.out, dims, numbers, strict=False)
         ]
-
-    def fresh(self, size: int) -> Dim:
-        return fresh(size)

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 from ..._torch import HigherOrderOperator, tree_leaves, tree_map
 from ..autocast import autocast_at, under
 from ..canonical import canonical, mutated_arguments
+from ..rewriter import after_product
 from ..trace import Trace
 from ..values import Form, LogitsView, value_of
 from .axes import Axis, Dim, NotByRows, fresh, rows_in
@@ -136,15 +137,9 @@ class _Reader:
                 bias = torch.empty(classes, dtype=view.dtype, device=device)
             flows = value.grad and view.bias.requires_grad
             self._recorder.enter(bias, Value([fresh(classes)], view.dtype, Leaf(view.bias), grad=flows))
-        dtype = value_of(node).dtype
 
         def logits(z: Tensor) -> Tensor:
-            z = z if bias is None else torch.add(z, bias)
-            e = view.epilogue
-            z = z if view.dtype == dtype else z.to(dtype)
-            z = z if e.scale == 1.0 else z * e.scale
-            z = z if e.softcap is None else torch.tanh(z / e.softcap) * e.softcap
-            z = z if e.post_scale == 1.0 else z * e.post_scale
+            z = after_product(view, value_of(node).dtype, z if bias is None else torch.add(z, bias))
             return z if view.class_dim == len(view.shape) - 1 else torch.movedim(z, -1, view.class_dim)
 
         self._inside[node] = self._recorder.run(logits, (product,), {})

@@ -261,5 +261,3 @@ def erase(gm: GraphModule, stretch: Stretch) -> None:
         read = [n for n in mutated_arguments(node) for u in n.users if u is not node]
         if not node.users and not read:
             gm.graph.erase_node(node)
-    gm.graph.lint()
-    gm.recompile()
