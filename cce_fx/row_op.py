@@ -14,7 +14,7 @@ inductor once for each program and kind of inputs, whatever the number of rows.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -51,27 +51,32 @@ class _Blocks:
         self.size: int = _block_rows(hidden, weight, workspace)
         self._logits = [h.new_empty(self.size, w.shape[0]) for h, w in zip(hidden, weight, strict=True)]
 
-    def __iter__(self) -> Any:
+    def made(
+        self, program: str, needs: Any, compiled: bool, grads: Sequence[Tensor] = ()
+    ) -> Iterator[tuple[slice, Sequence[Tensor]]]:
+        """The rows of each block, and what its function returns for it: the outputs, and with `needs` gradients for `grads`."""
+        run: Callable[..., Any] | None = None
         for start in range(0, self.count, self.size):
-            stop = min(start + self.size, self.count)
-            yield slice(start, stop), self.logits(start, stop), [self._filled(r[start:stop]) for r in self.rows]
+            part = slice(start, min(start + self.size, self.count))
+            values = [self._filled(r[part], r[part.stop - 1 : part.stop]) for r in self.rows]
+            # Gradients of the rows that fill up a block are zero.
+            coming = [self._filled(g[part], g.new_zeros(1, *g.shape[1:])) for g in grads]
+            given = (self._products(part), values, self.shared, *([] if needs is None else [coming]))
+            run = run or _compiled(program, needs, _kinds(*given), compiled)
+            yield part, run(*given)
 
-    def logits(self, start: int, stop: int) -> list[Tensor]:
-        n = stop - start
+    def _products(self, part: slice) -> list[Tensor]:
+        n = part.stop - part.start
         for z, h, w in zip(self._logits, self.hidden, self.weight, strict=True):
-            torch.mm(h[start:stop], w.T, out=z[:n])
+            torch.mm(h[part], w.T, out=z[:n])
             if n < self.size:
                 z[n:] = z[n - 1]
         return self._logits
 
-    def _filled(self, part: Tensor) -> Tensor:
+    def _filled(self, part: Tensor, row: Tensor) -> Tensor:
+        """A block's rows, and `row` (1, ...) in the place of those that it lacks."""
         missing = self.size - part.shape[0]
-        return torch.cat([part, part[-1:].expand(missing, *part.shape[1:])]) if missing else part.contiguous()
-
-    def filled(self, part: Tensor) -> Tensor:
-        """Gradients of the rows that fill up a block are zero."""
-        missing = self.size - part.shape[0]
-        return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part.contiguous()
+        return torch.cat([part, row.expand(missing, *part.shape[1:])]) if missing else part.contiguous()
 
 
 def _forward_block(program: RowProgram) -> Callable[..., Any]:
@@ -119,29 +124,20 @@ def _compile(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[...,
     from ._torch import make_fx
 
     program = RowProgram.of(text)
-    examples = [[torch.empty(shape, dtype=dtype, device=device) for shape, dtype, device in group] for group in kinds]
+    examples = [torch.empty(shape, dtype=dtype, device=device) for group in kinds for shape, dtype, device in group]
     function = _forward_block(program) if needs is None else _gradient_block(program, needs)
-    with torch.no_grad():
-        gm = make_fx(function, tracing_mode="fake")(*examples)
-    if not compiled:
-        return gm
-    from ._torch import inductor_compile
 
-    flat = [t for group in examples for t in group]
-    made = inductor_compile(_flattened(gm, examples), flat)
-    return lambda *groups: made(*(t for group in groups for t in group))
-
-
-def _flattened(gm: torch.fx.GraphModule, examples: list[list[Tensor]]) -> torch.fx.GraphModule:
-    """The same function of tensors side by side."""
-    from ._torch import make_fx
-
-    def run(*flat: Tensor) -> Any:
-        left = iter(flat)
-        return gm(*[[next(left) for _ in group] for group in examples])
+    def flat(*tensors: Tensor) -> Any:
+        left = iter(tensors)
+        return function(*([next(left) for _ in group] for group in kinds))
 
     with torch.no_grad():
-        return make_fx(run, tracing_mode="fake")(*[t for group in examples for t in group])
+        run = make_fx(flat, tracing_mode="fake")(*examples)
+    if compiled:
+        from ._torch import inductor_compile  # loads the compiler
+
+        run = inductor_compile(run, examples)
+    return lambda *groups: run(*(t for group in groups for t in group))
 
 
 def _kinds(*groups: Sequence[Tensor]) -> Any:
@@ -162,11 +158,15 @@ def _rows(hidden, weight, rows, shared, program, workspace, compiled):  # type: 
     """
     blocks = _Blocks(hidden, weight, rows, shared, workspace)
     outputs = _empty_outputs(hidden[0], program)
-    for part, logits, values in blocks:
-        run = _compiled(program, None, _kinds(logits, values, shared), compiled)
-        for whole, made in zip(outputs, run(logits, values, shared), strict=True):
-            whole[part] = made[: part.stop - part.start]
+    for part, made in blocks.made(program, None, compiled):
+        _put(outputs, part, made)
     return outputs
+
+
+def _put(outputs: Sequence[Tensor], part: slice, made: Sequence[Tensor]) -> None:
+    """Write the outputs of a block, the first of what it made, to their places."""
+    for whole, value in zip(outputs, made, strict=False):
+        whole[part] = value[: part.stop - part.start]
 
 
 def _empty_outputs(hidden: Tensor, text: str) -> list[Tensor]:
@@ -249,10 +249,8 @@ def _backward(grads, hidden, weight, rows, shared, needs, program, workspace, co
     blocks = _Blocks(hidden, weight, rows, shared, workspace)
     found = _Gradients(blocks, needs)
     count = len(RowProgram.of(program).outputs)
-    for part, logits, values in blocks:
-        coming = [blocks.filled(g[part]) for g in grads]
-        run = _compiled(program, found.needs, _kinds(logits, values, shared, coming), compiled)
-        found.add(part, run(logits, values, shared, coming)[count:])
+    for part, made in blocks.made(program, found.needs, compiled, grads):
+        found.add(part, made[count:])
     return found.results()
 
 
@@ -302,12 +300,8 @@ def _with_grads(hidden, weight, rows, shared, coefficients, needs, program, work
     """
     blocks = _Blocks(hidden, weight, rows, shared, workspace)
     found, outputs = _Gradients(blocks, needs), _empty_outputs(hidden[0], program)
-    for part, logits, values in blocks:
-        coming = [blocks.filled(c[part]) for c in coefficients]
-        run = _compiled(program, found.needs, _kinds(logits, values, shared, coming), compiled)
-        made = run(logits, values, shared, coming)
-        for whole, value in zip(outputs, made, strict=False):
-            whole[part] = value[: part.stop - part.start]
+    for part, made in blocks.made(program, found.needs, compiled, coefficients):
+        _put(outputs, part, made)
         found.add(part, made[len(outputs) :])
     flowing = [o for o, kind in zip(outputs, RowProgram.of(program).outputs, strict=True) if kind.grad]
     exact = statistics_dtype(hidden[0].dtype)
