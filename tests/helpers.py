@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from hypothesis import given, seed, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 
 
@@ -73,6 +74,19 @@ def step(fn: Callable[..., Any], tensors: list[Tensor], *, backward: bool = True
     if backward and outputs[0].requires_grad:
         outputs[0].sum().backward()
     return Outcome([o.detach() + 0 for o in outputs], [t.grad for t in leaves])
+
+
+class HeadedModel(nn.Module):
+    """A model of two layers, the second a head, that returns its loss and its logits; always the same one."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head = nn.Linear(width, width), nn.Linear(width, classes)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(self.body(x))
+        return F.cross_entropy(logits.flatten(0, -2), y.flatten()), logits
 
 
 def compare(

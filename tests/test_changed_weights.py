@@ -18,19 +18,14 @@ from torch import Tensor
 
 from benchmarks.measure import peak_bytes
 from cce_fx import LazyLogits
+from tests.helpers import HeadedModel
 
 V, D = 1100, 16
 
 
-class Model(nn.Module):
+class Model(HeadedModel):
     def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head = nn.Linear(D, D), nn.Linear(D, V)
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self.head(self.body(x))
-        return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits
+        super().__init__(D, V)
 
 
 def compiled(**options: Any) -> tuple[Model, Callable[..., Any], Tensor, Tensor]:

@@ -17,8 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import cce_fx
 from benchmarks.measure import allocations
@@ -26,19 +25,14 @@ from cce_fx import LazyLogits, op
 from cce_fx.kernels import native, portable
 from cce_fx.kernels.native import run as native_run
 from cce_fx.kernels.portable import tiles
+from tests.helpers import HeadedModel
 
 ROWS, D, V = 24, 8, 1100
 
 
-class Model(nn.Module):
+class Model(HeadedModel):
     def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.body, self.head = nn.Linear(D, D), nn.Linear(D, V)
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.head(self.body(x))
-        return F.cross_entropy(z, y), z
+        super().__init__(D, V)
 
 
 @pytest.fixture
