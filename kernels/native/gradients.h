@@ -65,9 +65,9 @@ void gradient_of(const Call& q, Columns columns, float* tile, const RowBlock& bl
 
 // --- gradient of hidden ------------------------------------------------------------------------------------------------------
 
-// Pack a chunk's weights as the right factor of the gradient of hidden, where they are not as they lie in memory.
+// Pack a chunk's weights as the right factor of the gradient of hidden, where the logits have not done so.
 void pack_right(const Call& q, const Sizes& s, Columns columns, const Buffers& own) {
-  if (in_place(q)) return;
+  if (both_factors(q)) return;
   const Phase phase(kPacking);
   for (int64_t k = 0; k < s.span; k += kPanel)
     pack_panel(weight_of(q), columns.first, columns.count, k, own.right + k * s.pairs);
@@ -81,8 +81,7 @@ void add_hidden(const Call& q, const Sizes& s, Columns columns, const float* til
   const int64_t length = up(columns.count, kPack) / kPack;
   const Nothing nothing;
   for (int64_t k = 0; k < s.span; k += kPanel) {
-    const Right panel = in_place(q) ? Right{reinterpret_cast<const float*>(q.weight) + columns.first * q.weight_row + k, q.weight_row}
-                                    : Right{own.right + k * s.pairs, kPanel};
+    const Right panel = {own.right + k * s.pairs, kPanel};
     float* const out = d_hidden + k * all + first * kPanel;
     in_blocks(block.count, [&](auto size, int64_t r) __attribute__((always_inline)) {
       constexpr int kR = decltype(size)::kValue;

@@ -76,7 +76,7 @@ int64_t pieces(const Step& step) {
 
 
 constexpr int64_t kFill = 16;                // rows are filled up to a multiple of this
-constexpr int64_t kSlab = 512 / kPanel;      // panels of a line of the weight that are multiplied before the next lines
+constexpr int64_t kSlab = 512 / kPanel;       // panels of a line of the weight that are multiplied before the next lines
 constexpr int64_t kMostThreads = 256;
 constexpr int64_t kCopied = 1 << 17;  // numbers of hidden that a thread copies at once
 constexpr float kNever = 3.0e38f;     // the shift of rows that only fill up a vector: their exponentials are 0
@@ -206,22 +206,22 @@ struct StoredTiles {
   }
 };
 
-// Whether weights are right factors as they lie in memory.
-bool in_place(const Call& q) { return false && STORAGE == 0 && q.weight_column == 1 && q.width % kPanel == 0; }
+// Whether a chunk's weights as right factor, line after line in panels, are left factors as well.
+bool both_factors(const Call& q) { return kPack == 1 && q.d_hidden; }
 
-// What a thread works with: two blocks of weights as left factors (one where a chunk has no more), a chunk of them as right factor,
-// a tile, and the largest products so far.
+// What a thread works with: a chunk of weights as right factor, two blocks of them as left factors where that does not serve (one
+// where a chunk has no more), a tile, and the largest products so far.
 struct Buffers {
   float *left, *bias, *tile, *words, *peak, *odd, *right;
 
   Buffers(const Call& q, const Sizes& s, bool tiles, int64_t rows, Workspace& workspace)
-      : left(workspace.take((1 + (q.columns > kRows)) * s.left)),
+      : left(both_factors(q) ? nullptr : workspace.take((1 + (q.columns > kRows)) * s.left)),
         bias(workspace.take(q.columns)),
         tile(tiles ? workspace.take(q.columns * rows) : nullptr),
         words(kPack == 1 ? nullptr : workspace.take((q.columns + 1) * s.block / 2)),
         peak(workspace.take(s.block)),
         odd(workspace.take(s.block)),
-        right(q.d_hidden && !in_place(q) ? workspace.take(s.pairs * s.span) : nullptr) {}
+        right(q.d_hidden ? workspace.take(s.pairs * s.span) : nullptr) {}
 };
 
 // The part of the workspace that belongs to a thread; all have one size.
@@ -296,37 +296,45 @@ INLINE void logits_block(const Call& q, const Left& left, const float* panel, co
   });
 }
 
-// tile (C, R) = the products of a chunk with the rows of `packed`. Weights are packed block by block: the first at once, and each
-// other one while the block before it is multiplied.
-void make_logits(const Call& q, const Sizes& s, Columns columns, const float* packed, int64_t rows, const Buffers& own, float* tile) {
+// tile (C, R) = the products of a chunk with the rows of `packed`. Weights are packed block by block, unless `right` holds them:
+// the first at once, and each other one while the block before it is multiplied.
+void make_logits(const Call& q, const Sizes& s, Columns columns, const float* packed, int64_t rows, const Buffers& own, float* tile,
+                 bool there = false) {
   const Phase phase(kLogits);
   const Matrix weight = weight_of(q);
   const int64_t panels = s.depth / kPanel;
   std::fill_n(own.odd, rows, 0.0f);
+  const bool both = both_factors(q);
   // Where every other block goes: behind the one before it, or behind its rows in each panel, which are few where there are several.
-  const int64_t other = q.columns > kRows ? s.left : kFewRows * kPanel;
+  const int64_t other = q.columns > kRows ? s.left : kFewRows * kPanel, segment = kPanel * (both ? s.pairs : kRows);
+  const int64_t packed_panels = both ? panels : kSlab;
   int64_t number = 0;  // of a block
-  for (int64_t slab = 0; slab < panels; slab += kSlab) {
-    const int64_t now = std::min(kSlab, panels - slab), from = slab * kPanel;
-    const bool last = slab + now == panels;
-    const int64_t hints = std::max<int64_t>(now * (kPanel / kUnroll) * (rows / kPanel), 1);
+  for (int64_t begin = 0; begin < panels; begin += packed_panels) {
+    const int64_t end = std::min(begin + packed_panels, panels);
+    const int64_t hints = std::max<int64_t>((end - begin) * (kPanel / kUnroll) * (rows / kPanel), 1);
     const auto packing = [&](int64_t c) {
       const int64_t left = columns.count - c, count = left >= kRows ? kRows : left >= kFewRows ? kFewRows : std::min<int64_t>(left, 1);
-      return PackAhead(weight, columns.first + c, count, from, now, own.left + number++ % 2 * other, kRows * kPanel, hints);
+      float* const to = both ? own.right + c * kPanel : own.left + number++ % 2 * other;
+      return PackAhead(weight, columns.first + c, there ? 0 : count, begin * kPanel, end - begin, to, segment, hints);
     };
     PackAhead next = packing(0);
     in_blocks(columns.count, [&](auto size, int64_t c) __attribute__((always_inline)) {
       constexpr int kR = decltype(size)::kValue;
       next.finish();
-      const Left left = {next.to, kPanel, 1, now, kPanel, kRows * kPanel};
+      const float* const block = next.to;
       next = packing(c + kR);
-      int64_t r = 0;
-      for (; r + kPanel <= rows; r += kPanel)
-        logits_block<kR, 2>(q, left, packed + r * s.depth + from * kPanel, own.bias + c, tile + c * rows + r, rows, own.peak + r,
-                            own.odd + r, slab > 0, last, next);
-      if (r < rows)
-        logits_block<kR, 1>(q, left, packed + r * s.depth + from * kLanes, own.bias + c, tile + c * rows + r, rows, own.peak + r,
-                            own.odd + r, slab > 0, last, next);
+      for (int64_t slab = begin; slab < end; slab += kSlab) {
+        const int64_t now = std::min(kSlab, end - slab), from = slab * kPanel;
+        const bool last = slab + now == panels;
+        const Left left = {block + (slab - begin) * segment, kPanel, 1, now, kPanel, segment};
+        int64_t r = 0;
+        for (; r + kPanel <= rows; r += kPanel)
+          logits_block<kR, 2>(q, left, packed + r * s.depth + from * kPanel, own.bias + c, tile + c * rows + r, rows, own.peak + r,
+                              own.odd + r, slab > 0, last, next);
+        if (r < rows)
+          logits_block<kR, 1>(q, left, packed + r * s.depth + from * kLanes, own.bias + c, tile + c * rows + r, rows, own.peak + r,
+                              own.odd + r, slab > 0, last, next);
+      }
     });
   }
 }

@@ -315,7 +315,7 @@ void make_again(const Call& q, const Sizes& s, const float* packed, const RowSta
     for (int64_t n = 0; n < s.row_blocks(); ++n) {
       const RowBlock block(q, s, n);
       float* const tile = block.of(own.tile, q, s);
-      make_logits(q, s, columns, packed + block.first * s.depth, block.padded, own, tile);
+      make_logits(q, s, columns, packed + block.first * s.depth, block.padded, own, tile, n > 0 && both_factors(q));
       gradient(q, columns, tile, block, state, q.d_bias);
       if (!q.d_hidden) continue;
       if (n == 0) pack_right(q, s, columns, own);
