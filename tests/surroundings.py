@@ -363,6 +363,8 @@ def check_all(count: int, seed: int, inner: str) -> list[str]:
         if text:
             wrong.append(f"{text}\n{program!r}")
             print("---", wrong[-1], flush=True)
+        if seen[0] % 100 == 0:
+            print(f"{seen[0]} of {count} programs, {len(wrong)} differ, {time.time() - begin:.0f} s", flush=True)
 
     seen, begin = [0], time.time()
     look()

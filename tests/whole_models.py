@@ -56,12 +56,12 @@ class Use:
 class Counted:
     """A backend that counts its graphs, and the calls of them."""
 
-    def __init__(self) -> None:
-        self.graphs = self.calls = 0
+    def __init__(self, inner: str) -> None:
+        self.inner, self.graphs, self.calls = inner, 0, 0
 
     def __call__(self, gm: torch.fx.GraphModule, inputs: Any) -> Callable[..., Any]:
         self.graphs += 1
-        compiled = torch._dynamo.lookup_backend("aot_eager")(gm, inputs)
+        compiled = torch._dynamo.lookup_backend(self.inner)(gm, inputs)
 
         def call(*args: Any) -> Any:
             self.calls += 1
@@ -111,10 +111,13 @@ def generate(model: Any, task: str, ways: list[str]) -> dict[str, Any]:
 
 
 def examine(name: str, task: str, how: str) -> Use:
-    """One architecture, in this process; `how` is what compiles generation, and after it the ways to generate, if not all."""
+    """One architecture, in this process; `how` is what compiles generation, and after it the ways to generate, if not all.
+
+    Graphs are counted with aot_eager inside, or with eager if that is what compiles generation.
+    """
     use, (inner, *ways) = Use(name, task), how.split()
     model, _ = zoo.build(name, task)
-    theirs, ours = Counted(), Counted()
+    theirs, ours = (Counted("eager" if inner == "eager" else "aot_eager") for _ in range(2))
     expected = train(model, torch.compile(model, backend=theirs), task, theirs)
     use.built = True
     torch.compiler.reset()

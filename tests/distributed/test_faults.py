@@ -88,7 +88,7 @@ def ends_before_the_loss(plain: bool) -> None:
 
 def test_a_process_that_never_gets_to_the_loss_is_an_error_in_the_others() -> None:
     for plain in (True, False):
-        workers = Workers(2, timeout=15)
+        workers = Workers(2, timeout=8)
         try:
             start = time.monotonic()
             (survived, message), (other, ended) = workers.outcomes(ends_before_the_loss, plain)
