@@ -45,6 +45,11 @@ NAMES: dict[str, Private] = {
     "RestartAnalysis": Private("torch._dynamo.exc:RestartAnalysis", "Dynamo's way to begin anew, no failure"),
     "InvalidCxxCompiler": Private("torch._inductor.exc:InvalidCxxCompiler", "told apart to say how to get a compiler"),
     "compiler_config": Private("torch.compiler:config", "`cache_key_tag`: what caches on disk add to their keys"),
+    "compile_fx": Private("torch._inductor.compile_fx:compile_fx", "inductor, with what compiles each of its graphs"),
+    "compile_fx_inner": Private("torch._inductor.compile_fx:compile_fx_inner", "what that is"),
+    "get_donated_idxs": Private(
+        "torch._inductor.utils:get_donated_idxs", "which saved tensors a backward may write to: no key of inductor's has them"
+    ),
     "inductor_config": Private("torch._inductor:config", "which options are inductor's, for unknown ones"),
     "CustomGraphPass": Private(
         "torch._inductor.custom_graph_pass:CustomGraphPass", "inductor's type of passes with a key"

@@ -141,12 +141,22 @@ class NoCompilerError(RuntimeError):
 
 def _inductor(mode: str | None, rest: dict[str, Any]) -> Compiled:
     """Inductor with `mode=` and `options=` meaning what they mean for `backend="inductor"`."""
-    wrapper = InductorWrapper(mode, rest, None)
+    from ._torch import compile_fx, compile_fx_inner, get_donated_idxs  # other backends do without inductor
+
+    patches = InductorWrapper(mode, rest, None).config
 
     def compile_with_inductor(gm: GraphModule, inputs: Sequence[Any]) -> Compiled:
+        tag = _cache_tag()
+
+        def compile_one(gm: GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+            # A backward is compiled when it first runs, outside the patch below. Inductor's key does not tell one that may
+            # write to what was saved for it from one that runs again (retain_graph), which would then read what was written.
+            with compiler_config.patch(cache_key_tag=f"{tag} donated {get_donated_idxs()}"):
+                return compile_fx_inner(gm, inputs, **kwargs)
+
         try:
-            with compiler_config.patch(cache_key_tag=_cache_tag()):
-                return wrapper(gm, inputs)
+            with compiler_config.patch(cache_key_tag=tag):
+                return compile_fx(gm, inputs, inner_compile=compile_one, config_patches=patches)
         except InvalidCxxCompiler as error:
             raise NoCompilerError(_NO_COMPILER) from error
         except BackendCompilerFailed as error:

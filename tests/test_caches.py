@@ -75,6 +75,24 @@ def test_a_second_process_starts_warm_with_the_same_bits(tmp_path: Path) -> None
     assert runs[0]["values"] == runs[1]["values"] and runs[1]["lazy"] == "LazyLogits"
 
 
+def test_a_backward_that_runs_again_is_not_one_that_may_write_to_what_was_saved() -> None:
+    """inductor's key does not tell them apart, and without autograd's cache nothing raises."""
+
+    def head(h: Tensor, w: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(F.linear(F.gelu(h), w), y)
+
+    found = []
+    with fresh_cache(), torch._functorch.config.patch(enable_autograd_cache=False):
+        for runs in (1, 2):
+            torch._dynamo.reset()
+            h, w, y = tensors()
+            out = torch.compile(head, backend="cce", options={"min_vocab": 0})(h, w, y)
+            for left in reversed(range(runs)):
+                out.backward(retain_graph=left > 0)
+            found.append([t.grad / runs for t in (h, w) if t.grad is not None])
+    torch.testing.assert_close(found[1], found[0])
+
+
 def compiled(options: dict[str, Any]) -> tuple[list[Tensor], tuple[int, int]]:
     """Results under those options, and (hits, misses) of the cache on disk."""
     torch._dynamo.reset()
