@@ -22,6 +22,7 @@ from typing import Any
 
 import hypothesis
 import torch
+import torch._functorch.config
 from hypothesis import strategies as st
 
 # Statements on the hidden states h (B, T, D); `self` has buffers `count` () and `mean` (D,).
