@@ -258,7 +258,7 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
 
         for output in cut.lazy:
             hidden, *inputs = given(output.sources)
-            chain = HeadChain(hidden, tuple(inputs), output.chain, output.autocast, cut.outlive_steps)
+            chain = HeadChain(hidden, tuple(inputs), output.chain, output.autocast, cut.outlive_steps, output.rowwise)
             logits = LazyLogits.make(chain, output.like(hidden))
             # Weights that will be gone when somebody reads: the logits are computed while they are there.
             if any(is_let_go_early(t) for t in chain.tensors):

@@ -58,7 +58,8 @@ class LazyLogits(Tensor):
         """This tensor after one operation that stays lazy."""
         chain, state = self.state.unread, self.state.then(op, like)
         assert chain is not None
-        differentiable = any(s.requires_grad for s in (self.state, *op.args) if isinstance(s, State))
+        differentiable = any(x.requires_grad for x in tree_iter((op.args, op.kwargs)) if isinstance(x, (State, Tensor)))
+        differentiable &= like.is_floating_point() or like.is_complex()
         # A view made without gradients of a tensor that has one is a leaf with one.
         state.requires_grad = differentiable and not op.detaches and (state.grad or op.is_alias)
         return _shell(state, chain)
@@ -213,7 +214,7 @@ def _shell(state: State, chain: HeadChain) -> LazyLogits:
     if not (state.requires_grad and state.grad):
         return _new(state, device)
     with torch.enable_grad():
-        return _Made.apply(state, device, *chain.tensors)
+        return _Made.apply(state, device, *state.tensors)
 
 
 def _new(state: State, device: torch.device) -> LazyLogits:

@@ -26,7 +26,7 @@ from ..values import LogitsView, source_line, value_of
 from .axes import NotByRows
 from .emit import Emitted, emit
 from .linear import make_gradients_in_forward
-from .stretch import Exit, Stretch, numbers, stretch_of
+from .stretch import Exit, Stretch, follows, numbers, stretch_of
 from .write import erase, write
 
 _log = logging.getLogger("cce_fx")
@@ -99,6 +99,12 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple
     gm.graph.lint()
     gm.recompile()
     return done, {*stretch.inside, *(e.node for e in stretch.exits)}
+
+
+def is_by_rows(gm: GraphModule, found: Trace, policy: Policy, node: Node) -> bool:
+    """Whether a node's value is made of each row of a graph's logits by itself, so that a row program could begin with it."""
+    heads = {n: view for n, view in found.heads.items() if _is_head(n, view, policy, found)}
+    return bool(heads) and follows(gm.graph, heads, found, numbers(gm.graph, _FIRST[0]), node)
 
 
 # Logits below this many bytes are left to the inner backend, which fuses them: blocks of a few rows cost more than they save.
