@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule
 
 from .._torch import tree_iter, tree_map
 from ..passes.autocast import under

@@ -264,7 +264,9 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
         return lazy
     is_alias = made.untyped_storage()._cdata == like.untyped_storage()._cdata
     args = (lazy.state, *args)
-    return lazy.derive(Op(name, func, args, tuple(kwargs.items()), is_alias, lazy.device, autocast_of(lazy.device)), made)
+    return lazy.derive(
+        Op(name, func, args, tuple(kwargs.items()), is_alias, lazy.device, autocast_of(lazy.device)), made
+    )
 
 
 def _pieces(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -29,10 +29,21 @@ from .._torch import (
 )
 from ..passes.autocast import under
 from .functions import METADATA, Op
+from .gathered import is_let_go_early
 from .state import HeadChain, State
 
 # `(func, args, kwargs) -> result or NotImplemented`, asked in order before the logits are read.
 HANDLERS: list[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]] = []
+
+
+# Logits of fewer bytes are worth no waiting where they need no gradient.
+_LARGE = 16 << 20
+
+
+def are_large(logits: Tensor) -> bool:
+    """Whether logits, or what stands for them, are lazy without a gradient too. Sizes that are symbols are the example's."""
+    size = logits.numel() * logits.dtype.itemsize
+    return bool((size if isinstance(size, int) else size.node.hint or 0) >= _LARGE)
 
 
 class LazyLogits(Tensor):
@@ -53,6 +64,16 @@ class LazyLogits(Tensor):
         state = State.made_by(chain, _meta_run(chain) if like is None else like)
         state.requires_grad = state.grad and any(t.requires_grad for t in chain.tensors)
         return _shell(state, chain)
+
+    @classmethod
+    def hand_out(cls, chain: HeadChain, like: Tensor | None = None, *, at_any_size: bool = False) -> Tensor:
+        """Lazy logits for a program; plain ones where they are small and no gradient is kept, as of a token that is generated.
+
+        Weights that will be gone when somebody reads are read while they are there.
+        """
+        lazy = cls.make(chain, like)
+        waits = at_any_size or lazy.requires_grad or are_large(lazy.state.like)
+        return lazy if waits and not any(is_let_go_early(t) for t in chain.tensors) else lazy.materialize()
 
     def derive(self, op: Op, like: Tensor) -> LazyLogits:
         """This tensor after one operation that stays lazy."""
