@@ -142,6 +142,7 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
         "torch.fx.experimental.symbolic_shapes:ShapeEnv",
         "_suppress_guards_tls",
     ): "whether torch itself is only asking, and would add none",
+    ("torch.autograd:forward_ad", "_current_level"): "whether forward-mode differentiation is active",
     ("torch:UntypedStorage", "_cdata"): "whether two fake tensors share memory",
     ("torch.nn:Module", "_forward_hooks"): "a module with hooks is not written out",
     ("torch.nn:Module", "_forward_pre_hooks"): "the same",

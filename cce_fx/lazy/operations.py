@@ -86,6 +86,8 @@ def row_by_row(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
     name = name if isinstance(name, str) else getattr(func, "__name__", "")
     if name in ("__get__", "__set__") or writes(func, kwargs) or func in WATCH or _is_transformed():
         return NotImplemented
+    if "device" in kwargs or any(isinstance(x, torch.device) for x in tree_iter(args)):
+        return NotImplemented  # numbers would be made, and random ones drawn, in the place of shapes
     lazies = [x for x in _lazies((args, kwargs)) if x.chain is not None]
     tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and not any(x is z for z in lazies)]
     if not lazies or torch.is_inference_mode_enabled() or not all(_is_plain(t) for t in tensors):
