@@ -569,3 +569,110 @@ def test_c_code_that_asks_no_python_is_an_error(setup: Any) -> None:
     with pytest.raises(RuntimeError, match="Cannot access data pointer"):
         torch.utils.dlpack.to_dlpack(lazy)
     torch.testing.assert_close(torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(lazy.materialize())), lazy)
+
+
+# --- row by row ---------------------------------------------------------------------------------------------------------
+
+
+def jsd(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    """As trl's GKD trainer writes it."""
+    p, q = F.log_softmax(student / 0.9, -1), F.log_softmax(teacher / 0.9, -1)
+    half = torch.tensor(0.5, device=p.device).log()
+    mixed = torch.logsumexp(torch.stack([p + half, q + half]), dim=0)
+    parts = [F.kl_div(mixed, x, reduction="none", log_target=True) for x in (p, q)]
+    return (0.5 * parts[0] + 0.5 * parts[1])[y != -100].sum() / (y != -100).sum()
+
+
+# Losses of two models' logits; the second is the teacher.
+OF_TWO: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "KL": lambda s, t, y: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean"),
+    "KL of logarithms": lambda s, t, y: (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1).mean(),
+    "reverse KL of shifted rows": lambda s, t, y: (
+        (s[:, :-1].softmax(-1) * (s[:, :-1].log_softmax(-1) - t[:, :-1].log_softmax(-1))).sum(-1)[y[:, 1:] >= 0].mean()
+    ),
+    "JSD of chosen rows": jsd,
+    "MSE": lambda s, t, y: F.mse_loss(s, t),
+    "the teacher's best": lambda s, t, y: F.cross_entropy(s.flatten(0, 1), t.argmax(-1).flatten()),
+    "agreement": lambda s, t, y: -(s.softmax(-1) * t.softmax(-1)).sum(-1).log().mean(),
+}
+
+
+class Wide(nn.Module):
+    """A teacher, of more hidden dimensions than the student's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(D, 3 * D), nn.Linear(3 * D, V, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh())
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["teacher without gradient", "with"])
+@pytest.mark.parametrize("name", OF_TWO)
+def test_losses_of_two_models(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cce_fx.lazy.tensor._LARGE", 1)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    models, loss = [Model(), Wide()], OF_TWO[name]
+    x, y = torch.randn(16, 8, D), torch.randint(0, V, (16, 8))
+    y[0, :3] = -100
+    options = {"inner": "aot_eager", "min_vocab": 0}
+    calls = [torch.compile(m, backend="cce", options=options) for m in models]
+
+    def step(student: Callable[..., Any], teacher: Callable[..., Any]) -> tuple[Tensor, list[Any], int]:
+        for m in models:
+            m.zero_grad()
+        s = student(x)
+        with torch.set_grad_enabled(kept):
+            t = teacher(x)
+        with Largest() as made:
+            found = loss(s, t, y)
+            found.backward()
+        assert student is models[0] or (unread(s) and unread(t))
+        return found, [p.grad for m in models for p in m.parameters()], made.size
+
+    step(*calls)
+    ours, grads, largest = step(*calls)
+    assert largest <= max(16 * V, 3 * D * V) < 16 * 8 * V // 2
+    grads = [g if g is None else g.clone() for g in grads]
+    want, expected, _ = step(*models)
+    torch.testing.assert_close(ours, want)
+    for a, b in zip(grads, expected, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["flat", "shifted", "nll", "masked", "label smoothing of the Trainer", "z-loss"])
+def test_a_loss_is_examined_once_for_all_lengths(worth: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cce_fx.lazy import graph
+
+    model, compiled, _, _ = worth
+    count, examined = 0, graph._examined
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return examined(*args)
+
+    monkeypatch.setattr(graph, "_examined", counted)
+    counts = []
+    for length in range(6, 16):
+        x, y = torch.randn(3, length, D), torch.randint(0, V, (3, length))
+        ours = LOSSES[name](compiled(x), y)
+        torch.testing.assert_close(ours, LOSSES[name](model(x), y))
+        counts.append(count)
+    # The first two lengths are graphs of their own, and Dynamo makes the length a symbol in the second.
+    assert counts[-1] == counts[2], counts
+
+
+def test_what_waits_is_not_kept_when_it_is_read(worth: Any) -> None:
+    """Read at the end of a way, what was passed through is let go, as in eager."""
+    _, compiled, x, y = worth
+    with torch.no_grad():
+        logits = compiled(x, y)[1]
+        made = ((logits.softmax(-1) + 1.0) * 2.0).clamp(max=2.5)
+        state = made.state
+        assert unread(made) and (made.cpu() > 2.0).any()
+    assert state.value is not None and state.base is None

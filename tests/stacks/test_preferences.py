@@ -73,7 +73,11 @@ def _preferences(kind: Any, config: Any) -> Callable[..., Any]:
         model = llama(max_position_embeddings=LENGTH)
         if compiled:
             model.compile(**CCE)
-        columns = {"prompt": texts(4 * ROWS, 40, 0), "chosen": texts(4 * ROWS, 60, 1), "rejected": texts(4 * ROWS, 50, 2)}
+        columns = {
+            "prompt": texts(4 * ROWS, 40, 0),
+            "chosen": texts(4 * ROWS, 60, 1),
+            "rejected": texts(4 * ROWS, 50, 2),
+        }
         return kind(
             model=model,
             args=config(output_dir=str(folder), **(SETTINGS | arguments)),
