@@ -667,6 +667,24 @@ def test_a_loss_is_examined_once_for_all_lengths(worth: Any, name: str, monkeypa
     assert counts[-1] == counts[2], counts
 
 
+def test_nothing_is_read_in_inference_mode(worth: Any) -> None:
+    model, compiled, x, y = worth
+    with torch.inference_mode():
+        logits = compiled(x, y)[1]
+        found = logits.argmax(-1), (logits.softmax(-1) + 1.0).log().sum(-1)
+        assert unread(logits)
+        want = model(x, y)[1]
+        torch.testing.assert_close(found, (want.argmax(-1), (want.softmax(-1) + 1.0).log().sum(-1)))
+
+
+def test_signs_of_zero_are_told_apart(worth: Any) -> None:
+    _, compiled, x, y = worth
+    for zero, sign in ((0.0, 1.0), (-0.0, -1.0)):
+        logits = compiled(x, y)[1].detach()
+        least = torch.where(logits > 1e9, logits, zero).amin(-1)
+        assert unread(logits) and torch.equal(torch.copysign(torch.ones(3, 7), least), torch.full((3, 7), sign))
+
+
 def test_what_waits_is_not_kept_when_it_is_read(worth: Any) -> None:
     """Read at the end of a way, what was passed through is let go, as in eager."""
     _, compiled, x, y = worth

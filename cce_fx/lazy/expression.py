@@ -246,7 +246,7 @@ def _frozen(value: Any, number: dict[int, _Number]) -> Any:
         return (slice, value.start, value.stop, value.step)
     if isinstance(value, Size):
         return (Size, number[value.size])
-    return (type(value), value)
+    return (type(value), repr(value) if type(value) is float else value)  # 0.0 equals -0.0
 
 
 def _states(tree: Any) -> list[State]:

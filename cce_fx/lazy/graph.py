@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import logging
 import operator
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
-from .._torch import FakeTensorMode, tree_map
+from .._torch import FakeTensorMode, enter_autocast, exit_autocast, tree_map
 from ..passes import Policy, fakes
-from ..passes.autocast import written_under
+from ..passes.autocast import under, written_under
 from ..passes.faults import Fault, Undo, failed, stage
 from ..passes.pipeline import apply
 from ..passes.programs.stretch import primes
@@ -36,16 +37,20 @@ _MOST_SIZES = 3  # lengths at which an expression that depends on its length is 
 _FIRST = (1009, 2003)  # sizes of rows are primes from these on
 
 
+_LOCK = threading.RLock()
+
+
 class _Cache(OrderedDict[Any, Any]):
     """The last used of what was found."""
 
     def get_or_make(self, key: Any, make: Callable[[], Any]) -> Any:
-        if key not in self:
-            self[key] = make()
-            if len(self) > _CACHE_SIZE:
-                self.popitem(last=False)
-        self.move_to_end(key)
-        return self[key]
+        with _LOCK:
+            if key not in self:
+                self[key] = make()
+                if len(self) > _CACHE_SIZE:
+                    self.popitem(last=False)
+            self.move_to_end(key)
+            return self[key]
 
 
 @dataclass
@@ -143,7 +148,7 @@ def _examined(expression: Expression, first: int | None, examine: Callable[[Grap
         try:
             with stage("lazy logits", node):
                 found = examine(writer.gm, node)
-                writer.name_sizes()
+                writer.finish()
                 return found
         except Fault as fault:
             failed(fault)
@@ -188,7 +193,7 @@ class _Writer:
             first = end.prev
             with graph.inserting_before(end), written_under(graph, self._expression.device, step.autocast):
                 made = self._write(step)
-            self._evaluate(first, end)
+            self._evaluate(first, end, step.autocast)
             self._compare(value_of(made), step)
             self._made.append(made)
         node = self._made[-1]
@@ -197,7 +202,7 @@ class _Writer:
             first = end.prev
             with graph.inserting_before(end):
                 results = [graph.call_function(operator.getitem, (node, i)) for i in range(len(value_of(node)))]
-            self._evaluate(first, end)
+            self._evaluate(first, end, None)
         end.args = (tuple(results),)
         self.gm.recompile()
         return node
@@ -238,11 +243,14 @@ class _Writer:
             self._drawn.add(self._sizes[size])
         return self._sizes[size]
 
-    def _evaluate(self, first: Node, end: Node) -> None:
+    def _evaluate(self, first: Node, end: Node, autocast: torch.dtype | None) -> None:
+        """Example values of what was written after `first`. An entry of autocast would outlast an error of what it is for."""
         at = first.next
-        while at is not end:
-            fakes.propagate(self.gm, [at], grad=self._expression.grad)
-            at = at.next
+        with under(self._expression.device, autocast):
+            while at is not end:
+                if at.target not in (enter_autocast, exit_autocast):
+                    fakes.propagate(self.gm, [at], grad=self._expression.grad)
+                at = at.next
 
     def _compare(self, value: Any, step: Step) -> None:
         """Learn what stands for the sizes of a step's result. Raises ValueError where it has others than the lazy tensor."""
@@ -255,8 +263,8 @@ class _Writer:
         if tuple(value.shape) != tuple(map(self._size, step.shape)):
             raise ValueError(f"{tuple(value.shape)} stands for {step.shape}")
 
-    def name_sizes(self) -> None:
-        """Put the sizes of the graph's inputs in the place of the primes that stand for them."""
+    def finish(self) -> None:
+        """Put the sizes of the graph's inputs in the place of the primes that stand for them, and drop the example values."""
         graph, sizes = self.gm.graph, {}
         body = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
         for node in self._given:
@@ -280,4 +288,6 @@ class _Writer:
 
         for node in body:
             node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), named)
+        for node in graph.nodes:
+            node.meta.clear()
         self.gm.recompile()

@@ -90,7 +90,7 @@ def row_by_row(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str
         return NotImplemented  # numbers would be made, and random ones drawn, in the place of shapes
     lazies = [x for x in _lazies((args, kwargs)) if x.chain is not None]
     tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and not any(x is z for z in lazies)]
-    if not lazies or torch.is_inference_mode_enabled() or not all(_is_plain(t) for t in tensors):
+    if not lazies or not all(_is_plain(t) for t in tensors):
         return NotImplemented
     try:
         made = _on_meta_tensors(func, args, kwargs)
