@@ -677,6 +677,28 @@ def test_nothing_is_read_in_inference_mode(worth: Any) -> None:
         torch.testing.assert_close(found, (want.argmax(-1), (want.softmax(-1) + 1.0).log().sum(-1)))
 
 
+def test_rows_chosen_of_a_calculation_that_moved_them(worth: Any) -> None:
+    """As many in one dimension as in the other, so that no size tells."""
+    model, compiled, _, _ = worth
+    x = torch.randn(5, 5, D)
+    mask = torch.rand(5, 5) < 0.5
+    for move in (lambda z: z.transpose(0, 1), lambda z: torch.einsum("btv->tbv", z), lambda z: z):
+        found = []
+        for call in (compiled, model):
+            z = call(x)
+            made = move(z * z.tanh()) * 2.0
+            found.append((made[mask].sum(-1), made[mask[0]].sum(-1)))
+        torch.testing.assert_close(*found)
+
+
+def test_a_softmax_in_another_dtype(worth: Any) -> None:
+    model, compiled, x, _ = worth
+    for softmax in (lambda z: torch.softmax(z, -1, torch.float64), lambda z: F.log_softmax(z, 2, 3, torch.float64)):
+        found = [(softmax(call(x))[:, 1:] + 1.0).sum(-1) for call in (compiled, model)]
+        assert found[0].dtype == torch.float64
+        torch.testing.assert_close(*found)
+
+
 def test_signs_of_zero_are_told_apart(worth: Any) -> None:
     _, compiled, x, y = worth
     for zero, sign in ((0.0, 1.0), (-0.0, -1.0)):

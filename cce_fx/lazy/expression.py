@@ -176,8 +176,8 @@ class Expression:
         """Some rows of a calculation are the calculation on these rows."""
         flat = base.op is not None and base.op.name == "flatten" and base.base is not None
         whole = base.base if flat and base.base is not None else base
-        if whole.like.shape[-1] != state.like.shape[-1] or whole.like.numel() != base.like.numel():
-            raise NotWritten("rows of a tensor whose last dimension is no row of classes")
+        if not whole.in_order or base.like.dim() != 2 or whole.like.shape[-1] != base.like.shape[-1]:
+            raise NotWritten("rows of what has them in another order")
         self._see(places.numel())
         made = self._state(whole, _Chosen(tuple(whole.like.shape[:-1]), places))
         return self._step(torch.reshape, (made, (-1, state.like.size(-1))), (), None, state.like.shape)
@@ -279,7 +279,11 @@ def is_calculation(op: Op, state: State) -> bool:
         return False
     if op.name in _ALONG_CLASSES:
         dim = dict(op.kwargs).get("dim", op.args[1] if len(op.args) > 1 else None)
-        return dim in (-1, state.like.dim() - 1) and not set(dict(op.kwargs)) - {"dim", "_stacklevel"}
+        return (
+            dim in (-1, state.like.dim() - 1)
+            and len(op.args) <= 2
+            and not dict(op.kwargs).keys() - {"dim", "_stacklevel"}
+        )
     return op.name in _ELEMENTWISE and isinstance(op.args[0], State)
 
 

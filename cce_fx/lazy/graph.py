@@ -27,7 +27,7 @@ from ..passes.autocast import under, written_under
 from ..passes.faults import Fault, Undo, failed, stage
 from ..passes.pipeline import apply
 from ..passes.programs.stretch import primes
-from ..passes.programs.tier import is_by_rows
+from ..passes.programs.tier import rows_of
 from ..passes.trace import trace
 from ..passes.values import output_of, value_of
 from .expression import Expression, Input, Ref, Size, Step
@@ -73,16 +73,17 @@ class _Kind:
 _kinds, _waiting = _Cache(), _Cache()
 
 
-def row_by_row_dtype(expression: Expression) -> torch.dtype | None:
-    """The dtype of what the last step returns, where that treats each row of the logits by itself and may wait; or None."""
+def row_by_row(expression: Expression) -> tuple[torch.dtype, bool] | None:
+    """Where the last step treats each row of the logits by itself, so that it may wait: the dtype of what it returns, and whether
+    that has the logits' rows in order and one more dimension."""
 
-    def examine(gm: GraphModule, node: Node) -> torch.dtype | None:
+    def examine(gm: GraphModule, node: Node) -> tuple[torch.dtype, bool] | None:
         policy = replace(_policy(expression), min_vocab=0)
-        by_rows = policy.tiers == "all" and is_by_rows(gm, trace(gm.graph), policy, node)
-        return value_of(node).dtype if by_rows else None
+        rows = rows_of(gm, trace(gm.graph), policy, node) if policy.tiers == "all" else None
+        return None if rows is None else (value_of(node).dtype, rows == "in order")
 
     try:
-        found: torch.dtype | None = _waiting.get_or_make(
+        found: tuple[torch.dtype, bool] | None = _waiting.get_or_make(
             expression.key, lambda: _examined(expression, _FIRST[0], examine)
         )
     except TypeError:  # an argument without a hash

@@ -24,7 +24,7 @@ from ..passes.autocast import autocast_of
 from ..passes.canonical import CASTS, canonical_callable
 from .expression import Expression, NotWritten, is_moved, read_rows
 from .functions import BASE, DETACH_, IS_VIEW, REGISTER_HOOK, WATCH, Op, writes
-from .graph import row_by_row_dtype, run_without_logits
+from .graph import row_by_row, run_without_logits
 from .state import State, owned
 from .tensor import HANDLERS, LazyLogits, base_of
 
@@ -77,7 +77,7 @@ def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     return _lazily(lazy, name, func, rest, kwargs)
 
 
-def row_by_row(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def by_rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of an operation that treats each row of the logits by itself, or NotImplemented.
 
     What still has classes waits; what has none is computed for some rows at a time.
@@ -129,15 +129,18 @@ def _without_logits(func: Any, args: Any, kwargs: Any, made: Any, lazies: list[L
 def _waiting(func: Any, name: str, args: Any, kwargs: Any, made: Tensor, lazies: list[LazyLogits]) -> Any:
     """A result with classes, of which `made` is the shape, as a lazy tensor."""
     expression = _expression(func, args, kwargs, lazies)
-    dtype = None if expression is None else row_by_row_dtype(expression)
-    if dtype is None:
+    known = None if expression is None else row_by_row(expression)
+    if known is None:
         return NotImplemented
+    dtype, in_order = known
     first, like = lazies[0], made if made.dtype == dtype else made.to(dtype)
     # The program may change its own tensors.
     args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) and not isinstance(x, LazyLogits) else x,
                             (_as_states(args), _as_states(kwargs)))  # fmt: skip
     op = Op(name, func, tuple(args), tuple(kwargs.items()), False, first.device, autocast_of(first.device))
-    return first.derive(op, like)
+    lazy = first.derive(op, like)
+    lazy.state.in_order = in_order
+    return lazy
 
 
 def _expression(func: Any, args: Any, kwargs: Any, lazies: list[LazyLogits]) -> Expression | None:
@@ -317,4 +320,4 @@ def _harmless(name: str, lazy: LazyLogits, args: tuple[Any, ...], kwargs: dict[s
     return not any(isinstance(a, Tensor) for a in (*args, *kwargs.values()))
 
 
-HANDLERS.extend([about_the_tensor, stay_lazy, row_by_row, read_a_part])
+HANDLERS.extend([about_the_tensor, stay_lazy, by_rows, read_a_part])

@@ -99,6 +99,7 @@ class State:
         chain: of a root.
         op: of another state: the operation that makes it of others, which are among its arguments.
         base: the first of those.
+        in_order: of a calculation: whether it has the rows of its roots in order, and one more dimension.
         value: the plain tensor, once read.
         given: whether the program has the value, so that its identity cannot change any more.
         part: a value of its own, where some rows were read without the others; nobody holds views of it.
@@ -113,6 +114,7 @@ class State:
         self.chain: HeadChain | None = None
         self.base: State | None = None
         self.op: Op | None = None
+        self.in_order: bool = False
         self._owner: State | None = None  # whose memory this one's is, if not its own
         self.value: Tensor | None = None
         self.given: bool = False

@@ -90,9 +90,11 @@ def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], A
     return Stretch(refused=refused)
 
 
-def follows(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any], node: Node) -> bool:
-    """Whether a node is in the stretch that begins at some heads, whatever reads it."""
-    return _Reader(graph, heads, found, sizes, pulls=False).reaches(node)
+def followed(
+    graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any], node: Node
+) -> Value | None:
+    """A node's value in the stretch that begins at some heads, whatever reads it; None where it is not in it."""
+    return _Reader(graph, heads, found, sizes, pulls=False).reached(node)
 
 
 class _Reader:
@@ -112,9 +114,9 @@ class _Reader:
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         )
 
-    def reaches(self, node: Node) -> bool:
+    def reached(self, node: Node) -> Value | None:
         self._follow()
-        return node in self._inside
+        return self._recorder.value(self._inside[node]) if isinstance(self._inside.get(node), Tensor) else None
 
     def _follow(self) -> None:
         for node in self._graph.nodes:
