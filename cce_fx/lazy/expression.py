@@ -182,11 +182,9 @@ class Expression:
         made = self._state(whole, _Chosen(tuple(whole.like.shape[:-1]), places))
         return self._step(torch.reshape, (made, (-1, state.like.size(-1))), (), None, state.like.shape)
 
-    def _rows(self, states: list[State], chosen: _Chosen | None) -> Ref:
-        """Logits whose rows were moved, and then taken one by one; made of the hidden states of these rows."""
-        chain, last, calculations, moves = states[0].chain, states[0], [], []
-        assert chain is not None
-        attached = states[0].grad and self.grad
+    def _parted(self, states: list[State]) -> tuple[list[State], list[State], bool]:
+        """The states of a line that move rows, those that calculate, and whether a gradient flows through all of them."""
+        moved, calculations, attached = [], [], states[0].grad and self.grad
         for state in states[1:]:
             assert state.op is not None
             if is_calculation(state.op, state):
@@ -195,15 +193,23 @@ class Expression:
             if attached and not state.grad and not state.op.detaches:
                 raise NotWritten("a view made without gradients is a leaf of its own")
             attached &= not state.op.detaches
-            moves.append(_mover(state))
-            last = state
+            moved.append(state)
+        return moved, calculations, attached
+
+    def _rows(self, states: list[State], chosen: _Chosen | None) -> Ref:
+        """Logits whose rows were moved, and then taken one by one; made of the hidden states of these rows."""
+        chain = states[0].chain
+        assert chain is not None
+        moved, calculations, attached = self._parted(states)
+        last = moved[-1] if moved else states[0]
         if chosen is not None and (last.like.shape[:-1] != chosen.shape or not chain.rowwise):
             raise NotWritten("rows of logits that have others")
         key, hidden = ("rows", id(last), id(chosen), attached), chain.hidden
         if key not in self._inputs:
             with torch.set_grad_enabled(attached):
                 hidden = hidden if attached else hidden.detach()
-                for move in moves:
+                for state in moved:
+                    move = _mover(state)
                     assert move is not None
                     hidden = move(hidden)
                 hidden = hidden if chosen is None else _chosen_of(hidden, chosen)
