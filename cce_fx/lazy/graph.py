@@ -55,18 +55,18 @@ class _Cache(OrderedDict[Any, Any]):
 
 @dataclass
 class _Kind:
-    """What expressions become that differ in the sizes of their rows alone: a graph, or False."""
+    """What expressions become that differ in the sizes of their rows alone: a graph, or False; None where that depends on them."""
 
-    any_size: GraphModule | bool
+    any_size: GraphModule | bool | None
     by_size: _Cache = field(default_factory=_Cache)
 
     def graph(self, expression: Expression, small: bool) -> GraphModule | bool:
-        if self.any_size:
+        if self.any_size is not None:
             return self.any_size
         sizes = tuple(expression.sizes)
         if sizes not in self.by_size and len(self.by_size) >= _MOST_SIZES and not any(self.by_size.values()):
             return False
-        graph: GraphModule | bool = self.by_size.get_or_make(sizes, lambda: _cut(expression, small, None))
+        graph: GraphModule | bool = self.by_size.get_or_make(sizes, lambda: _cut(expression, small, None) or False)
         return graph
 
 
@@ -88,7 +88,7 @@ def row_by_row(expression: Expression) -> tuple[torch.dtype, bool] | None:
         )
     except TypeError:  # an argument without a hash
         return None
-    return found
+    return found or None
 
 
 def run_without_logits(expression: Expression, small: bool) -> Any:
@@ -112,17 +112,17 @@ def _policy(expression: Expression) -> Policy:
     return policy
 
 
-def _cut_for_any_size(expression: Expression, small: bool) -> GraphModule | bool:
-    """The graph without the logits, where two choices of sizes make the same of it."""
+def _cut_for_any_size(expression: Expression, small: bool) -> GraphModule | bool | None:
+    """The graph without the logits, where two choices of sizes make the same of it; None where they do not, False at a fault."""
     one = _cut(expression, small, _FIRST[0])
     if not isinstance(one, GraphModule):
-        return False
+        return one
     two = _cut(expression, small, _FIRST[1])
-    return one if isinstance(two, GraphModule) and one.code == two.code else False
+    return one if isinstance(two, GraphModule) and one.code == two.code else None
 
 
-def _cut(expression: Expression, small: bool, first: int | None) -> GraphModule | bool:
-    """The graph without the logits; False where the pass declines."""
+def _cut(expression: Expression, small: bool, first: int | None) -> GraphModule | bool | None:
+    """The graph without the logits; None where the pass declines, False where it fails."""
     policy = _policy(expression)
     # A compiled row program would let the program wait for the compiler, for a number that it may ask for once.
     policy = replace(policy, min_vocab=0, tiers="kernel" if small else policy.tiers, compiled=False)
@@ -131,11 +131,12 @@ def _cut(expression: Expression, small: bool, first: int | None) -> GraphModule 
         report, found = apply(gm, policy, Undo(gm))
         return None if not report.rewritten or _needed(output_of(gm.graph)) & found.heads.keys() else gm
 
-    return _examined(expression, first, examine) or False
+    found: GraphModule | bool | None = _examined(expression, first, examine)
+    return found
 
 
 def _examined(expression: Expression, first: int | None, examine: Callable[[GraphModule, Node], Any]) -> Any:
-    """What `examine` makes of an expression's graph and its last node; None where it cannot be written.
+    """What `examine` makes of an expression's graph and its last node; None where it cannot be written, False where it fails.
 
     The sizes of rows are primes from `first` on, and the expression's own where that is None.
     """
@@ -153,7 +154,7 @@ def _examined(expression: Expression, first: int | None, examine: Callable[[Grap
                 return found
         except Fault as fault:
             failed(fault)
-            return None
+            return False
 
 
 _FAKES_LOG = logging.getLogger("torch._subclasses.fake_tensor")  # which tells of every error
