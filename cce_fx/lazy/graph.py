@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import logging
 import operator
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -37,20 +36,16 @@ _MOST_SIZES = 3  # lengths at which an expression that depends on its length is 
 _FIRST = (1009, 2003)  # sizes of rows are primes from these on
 
 
-_LOCK = threading.RLock()
-
-
 class _Cache(OrderedDict[Any, Any]):
-    """The last used of what was found."""
+    """The last used of what was found; for one thread at a time, as what is done with lazy tensors is."""
 
     def get_or_make(self, key: Any, make: Callable[[], Any]) -> Any:
-        with _LOCK:
-            if key not in self:
-                self[key] = make()
-                if len(self) > _CACHE_SIZE:
-                    self.popitem(last=False)
-            self.move_to_end(key)
-            return self[key]
+        if key not in self:
+            self[key] = make()
+            if len(self) > _CACHE_SIZE:
+                self.popitem(last=False)
+        self.move_to_end(key)
+        return self[key]
 
 
 @dataclass

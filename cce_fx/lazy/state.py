@@ -26,7 +26,7 @@ _STALE = (
 )
 
 # One for all: what is made of several roots is read while they are.
-_LOCK = threading.RLock()
+LOCK = threading.RLock()
 
 _LET_GO = (
     "these logits are lazy and FSDP has let go of the gathered weight that they are made from. Read them before the "
@@ -219,7 +219,7 @@ class State:
 
         Raises RuntimeError when hidden, weight or bias changed since the forward.
         """
-        with _LOCK:
+        with LOCK:
             owner = self._memory
             if owner.value is None:
                 owner.value = owner.computed(lambda base: base._as_derived())
@@ -234,7 +234,7 @@ class State:
 
     def give(self) -> Tensor:
         """The value, for the program to do with as it likes."""
-        with _LOCK:
+        with LOCK:
             owner, value = self._memory, self.read()
             if owner._as_read is None and owner._awaited():
                 assert owner.value is not None
@@ -250,7 +250,7 @@ class State:
 
     def read_bare(self) -> Tensor:
         """The value for code below autograd: what is computed there has no graph, and is not to be taken for the value."""
-        with _LOCK:
+        with LOCK:
             if self.value is not None:
                 return self.value.detach()
             if self._bare is None:
@@ -321,7 +321,7 @@ class State:
 
     def outlive(self, copies: Copies) -> None:
         """Take copies of the weights that a step is about to change."""
-        with _LOCK:
+        with LOCK:
             chain = self.chain
             if chain is None or any(w.changed or not gathered.is_there(w.tensor) for w in self._witnesses):
                 return  # read already, or an error to read
@@ -337,7 +337,7 @@ class State:
 
     def detach(self) -> bool:
         """Let the autograd graph of hidden go, unread; False where it was read or views of it keep their gradient."""
-        with _LOCK:
+        with LOCK:
             if self.value is not None or self.chain is None or self._derived:
                 return False
             self.chain = replace(self.chain, hidden=self.chain.hidden.detach())
@@ -347,7 +347,7 @@ class State:
 
     def put_off(self, hook: Callable[..., Any]) -> bool:
         """Keep a hook of FSDP's, which asks for no gradient, until the logits or their loss are made; False if too late."""
-        with _LOCK:
+        with LOCK:
             if self.unread is None or not gathered.is_gathering(hook):
                 return False
             for root in self.roots:

@@ -30,7 +30,7 @@ from .._torch import (
 from ..passes.autocast import under
 from .functions import METADATA, Op
 from .gathered import is_let_go_early
-from .state import HeadChain, State
+from .state import LOCK, HeadChain, State
 
 # `(func, args, kwargs) -> result or NotImplemented`, asked in order before the logits are read.
 HANDLERS: list[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]] = []
@@ -96,17 +96,20 @@ class LazyLogits(Tensor):
         Raises:
             RuntimeError: when hidden, weight or bias changed since the forward.
         """
-        state = self.state
-        given, value = state.given, state.give()
-        if given:
-            return value
-        try:
-            with DisableTorchFunctionSubclass():
-                swap_tensors(self, value)
-        except RuntimeError:  # one of them is held by something else
-            return value
-        state.given_as(self)
-        return self
+        with LOCK:
+            if not isinstance(self, LazyLogits):
+                return self  # another thread was faster
+            state = self.state
+            given, value = state.given, state.give()
+            if given:
+                return value
+            try:
+                with DisableTorchFunctionSubclass():
+                    swap_tensors(self, value)
+            except RuntimeError:  # one of them is held by something else
+                return value
+            state.given_as(self)
+            return self
 
     @classmethod
     @disable_dynamo(recursive=True)
@@ -118,14 +121,15 @@ class LazyLogits(Tensor):
             value = args[0].state.value
             with DisableTorchFunctionSubclass():
                 return func(args[0] if value is None else value, *args[1:], **kwargs)
-        lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
-        for lazy in lazies:
-            _keep_graph(lazy)
-        for handle in HANDLERS:
-            found = handle(func, args, kwargs)
-            if found is not NotImplemented:
-                return found
-        args, kwargs = tree_map(_plain, (args, kwargs))
+        with LOCK:  # no other thread reads them meanwhile
+            lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
+            for lazy in lazies:
+                _keep_graph(lazy)
+            for handle in HANDLERS:
+                found = handle(func, args, kwargs)
+                if found is not NotImplemented:
+                    return found
+            args, kwargs = tree_map(_plain, (args, kwargs))
         found = func(*args, **kwargs)
         # What is changed in place is returned as the very tensor that was given.
         return next((x for x in lazies if isinstance(x, LazyLogits) and found is x.state.value), found)
