@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .diagnose import explain
     from .functional import linear_cross_entropy
     from .lazy import LazyLogits
+    from .lazy.head import lazy_head
     from .options import Options
     from .passes import CutCrossEntropyPass, Report, rewrite
 
@@ -26,6 +27,7 @@ _HOMES = {
     "Report": "passes",
     "cce": "backend",
     "explain": "diagnose",
+    "lazy_head": "lazy.head",
     "linear_cross_entropy": "functional",
     "rewrite": "passes",
 }
@@ -50,6 +52,7 @@ __all__ = [
     "__version__",
     "cce",
     "explain",
+    "lazy_head",
     "linear_cross_entropy",
     "rewrite",
 ]

@@ -122,6 +122,11 @@ NAMES: dict[str, Private] = {
     "throw_on_data_ptr": Private(
         "torch._C:_set_throw_on_mutable_data_ptr", "an error where C code wants the memory that a tensor has none of"
     ),
+    "functorch_stack": Private(
+        "torch._C._functorch:peek_interpreter_stack", "whether a transform of torch.func is active"
+    ),
+    "tree_flatten": Private("torch.utils._pytree:tree_flatten", "results of an operation, and how they are returned"),
+    "tree_unflatten": Private("torch.utils._pytree:tree_unflatten", "the same"),
     "tree_iter": Private("torch.utils._pytree:tree_iter", "lazy tensors among arguments"),
     "tree_map": Private("torch.utils._pytree:tree_map", "the same"),
 }
@@ -142,6 +147,7 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
         "torch.fx.experimental.symbolic_shapes:ShapeEnv",
         "_suppress_guards_tls",
     ): "whether torch itself is only asking, and would add none",
+    ("torch.autograd:forward_ad", "_current_level"): "whether forward-mode differentiation is active",
     ("torch:UntypedStorage", "_cdata"): "whether two fake tensors share memory",
     ("torch.nn:Module", "_forward_hooks"): "a module with hooks is not written out",
     ("torch.nn:Module", "_forward_pre_hooks"): "the same",

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from .lazy import HeadChain, LazyLogits
-from .lazy.gathered import is_let_go_early
+from .lazy.tensor import are_large
 from .options import Options
 from .passes.autocast import autocast_at
 from .passes.canonical import canonical
@@ -57,6 +57,7 @@ class LazyOutput:
     sources: tuple[Source, ...]  # of hidden, then of the inputs
     views: tuple[ViewOutput, ...]
     autocast: torch.dtype | None  # autocast's dtype where the graph multiplies
+    cut: bool  # whether a loss of these logits was rewritten
     rowwise: bool  # each row of hidden gives its row of logits
     classes: int
     dtype: torch.dtype
@@ -89,7 +90,8 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], options: Opt
         gm: the graph, its losses rewritten.
         found: what `trace` said of it.
         rewritten: the names of the linear nodes whose loss was rewritten: their logits are lazy always. Others are where
-            the program will differentiate them, so a loss outside the graph can be cut too, and the head is large.
+            the head is large, and the program will differentiate them, so a loss outside the graph can be cut too, or
+            they are large themselves.
         options: `min_vocab` replaces the rule for what is large.
         undo: is told before the first change.
     """
@@ -125,7 +127,16 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], options: Opt
         linear = found.views[base].linear.name
         autocast = autocast_at(found.views[base].linear)
         made.append(
-            LazyOutput(places, linear, chain, sources, tuple(views), autocast, *_layout(base, found.views[base]))
+            LazyOutput(
+                places,
+                linear,
+                chain,
+                sources,
+                tuple(views),
+                autocast,
+                linear in rewritten,
+                *_layout(base, found.views[base]),
+            )
         )
     output.args = (tuple(results),)
     if "example_value" in output.meta:
@@ -179,7 +190,9 @@ def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], po
     if view is None or view.form is not Form.LOGITS or sharded_nodes(view):
         return False  # a program asks DTensors for more than their values
     if view.linear.name not in rewritten:
-        if not _is_large(view, policy) or not value_of(node).requires_grad or illegal_head(view) is not None:
+        value = value_of(node)
+        worth = value.requires_grad or are_large(value)
+        if not worth or not _is_large(view, policy) or illegal_head(view) is not None:
             return False
     if len({autocast_at(n) for n in view.path if canonical(n) in _MULTIPLY}) > 1:
         return False
@@ -258,11 +271,8 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
 
         for output in cut.lazy:
             hidden, *inputs = given(output.sources)
-            chain = HeadChain(hidden, tuple(inputs), output.chain, output.autocast, cut.outlive_steps)
-            logits = LazyLogits.make(chain, output.like(hidden))
-            # Weights that will be gone when somebody reads: the logits are computed while they are there.
-            if any(is_let_go_early(t) for t in chain.tensors):
-                logits.materialize()
+            chain = HeadChain(hidden, tuple(inputs), output.chain, output.autocast, cut.outlive_steps, output.rowwise)
+            logits = LazyLogits.hand_out(chain, output.like(hidden), at_any_size=output.cut)
             for index in output.places:
                 results[index] = logits
             for view in output.views:

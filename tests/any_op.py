@@ -29,6 +29,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from cce_fx import LazyLogits
 from cce_fx.lazy import HeadChain
+from cce_fx.passes import Policy
 
 # Operators whose results are compared by shape, dtype, strides and the like alone, and why.
 EXCEPTIONS = {
@@ -45,7 +46,25 @@ def _doubled() -> GraphModule:
     return GraphModule(torch.nn.Module(), graph)
 
 
-_CHAIN = _doubled()
+def _identity() -> GraphModule:
+    """A head with as many classes as hidden dimensions."""
+    graph = Graph()
+    inputs = (graph.placeholder("hidden"), graph.placeholder("weight"))
+    graph.output(graph.call_function(torch.nn.functional.linear, inputs))
+    made = GraphModule(torch.nn.Module(), graph)
+    made.meta["cce_fx_policy"] = Policy(min_vocab=0)
+    return made
+
+
+_CHAIN, _HEAD = _doubled(), _identity()
+
+
+def _lazy(hidden: Tensor) -> Tensor:
+    """hidden times two, lazy; of a head where that can be one."""
+    if hidden.dim() < 2 or hidden.numel() == 0 or not hidden.isfinite().all():
+        return LazyLogits.make(HeadChain(hidden, (), _CHAIN))
+    weight = 2.0 * torch.eye(hidden.size(-1), dtype=hidden.dtype)
+    return LazyLogits.make(HeadChain(hidden, (weight,), _HEAD, rowwise=True))
 
 
 @dataclass
@@ -66,7 +85,7 @@ class Call:
             x.detach().clone().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x for x in self.leaves
         ]
         hidden = (given.detach() / 2).requires_grad_(given.requires_grad)
-        z = LazyLogits.make(HeadChain(hidden, (), _CHAIN)) if lazy else hidden * 2.0
+        z = _lazy(hidden) if lazy else hidden * 2.0
         leaves[self.at] = z
         function = torch.compile(self.function, backend="eager") if traced else self.function
         if traced:

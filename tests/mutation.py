@@ -174,9 +174,27 @@ FAULTS = [
     ),
     Fault(
         "lazy rows are those of the whole",
-        "cce_fx/lazy/operations.py",
-        "    base = _source(lazy.state)\n    found = row_source(base)",
-        "    base = _source(lazy.state)\n    found = row_source(base.root)",
+        "cce_fx/lazy/expression.py",
+        "hidden = hidden if move is None else move(hidden)",
+        "hidden = hidden if move is None else move(hidden.flip(0))",
+    ),
+    Fault(
+        "what stands for a size is not told from the size",
+        "cce_fx/lazy/graph.py",
+        "node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), named)",
+        "named(0)",
+    ),
+    Fault(
+        "rows are chosen of what has them in another order",
+        "cce_fx/lazy/expression.py",
+        "if not whole.in_order or base.like.dim() != 2",
+        "if base.like.dim() != 2",
+    ),
+    Fault(
+        "chosen rows are the first rows",
+        "cce_fx/lazy/expression.py",
+        "index_select(0, chosen.places)",
+        "narrow(0, 0, len(chosen.places))",
     ),
     Fault(
         "the first classes are cut off instead of the last",

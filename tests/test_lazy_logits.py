@@ -59,6 +59,14 @@ def setup(device: torch.device) -> tuple[Model, Callable[..., Any], Tensor, Tens
     return model, torch.compile(model, backend="cce", options={"inner": "aot_eager"}), x, y
 
 
+@pytest.fixture
+def worth(setup: Any) -> Any:
+    """The same, and logits as small as these are worth it."""
+    torch._dynamo.reset()
+    model, _, x, y = setup
+    return model, torch.compile(model, backend="cce", options={"inner": "aot_eager", "min_vocab": 0}), x, y
+
+
 def unread(lazy: Any) -> bool:
     return isinstance(lazy, LazyLogits) and lazy.chain is not None
 
@@ -120,19 +128,21 @@ STAYS = {
     "split by sizes": lambda z: torch.split(z, [2, 5], 1)[1],
     "chunk": lambda z: z.chunk(2, 1)[0],
     "unbind": lambda z: z.unbind(0)[2],
-}
-READS = {
     "add": lambda z: z + 1,
-    "split over the vocabulary": lambda z: z.split(V // 2, -1)[0],
-    "max": lambda z: z.max(),
-    "cat": lambda z: torch.cat([z, z]),
     "stack": lambda z: torch.stack([z, z]),
     "compare": lambda z: z > 0,
     "product of other rows": lambda z: z[1:] * z[:-1],
-    "entropy with a gradient": lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+    "smoothed probabilities": lambda z: 0.9 * z.softmax(-1) + 0.1 / V,
+    "masked classes": lambda z: z.masked_fill(torch.arange(V, device=z.device) % 3 == 0, -1e4),
+    "clipped": lambda z: z.clamp(-0.1, 0.1),
+    "rows of a calculation": lambda z: torch.where(z > 0, z, 0.5 * z)[torch.arange(21).view(3, 7) % 2 == 0],
+}
+READS = {
+    "split over the vocabulary": lambda z: z.split(V // 2, -1)[0],
+    "max": lambda z: z.max(),
+    "cat": lambda z: torch.cat([z, z]),
     "softmax over rows": lambda z: z.detach().softmax(1).sum(-1),
     "norm": lambda z: z.norm(),
-    "einsum": lambda z: torch.einsum("btv->bt", z),
     "argmax over rows": lambda z: z.argmax(0),
     "tolist": lambda z: torch.tensor(z.tolist()),
     "numpy": lambda z: torch.from_numpy(z.detach().cpu().numpy().copy()),
@@ -162,12 +172,21 @@ BLOCKS = {
     "vmap, which takes what is below Python": lambda z: torch.vmap(lambda r: r.sum())(z),
     "vmap of a cast": lambda z: torch.vmap(lambda r: r.exp().sum())(z.double()),
     "per-row gradients": lambda z: torch.vmap(torch.func.grad(lambda r: r.square().sum()))(z.detach()),
+    "entropy with a gradient": lambda z: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+    "einsum": lambda z: torch.einsum("btv->bt", z),
+    "rank of a class": lambda z: (z > z[..., 3:4]).sum(-1),
+    "Renyi entropy": lambda z: z.softmax(-1).square().sum(-1).log(),
+    "mean logit of the best": lambda z: z.topk(3).values.mean(-1),
+    "norm of rows": lambda z: torch.linalg.vector_norm(z, dim=-1),
+    "sum of rows of a calculation": lambda z: (z * z.tanh())[torch.arange(21).view(3, 7) % 2 == 0].sum(),
+    "mean of all": lambda z: z.mean(),
+    "soft embedding": lambda z: z.softmax(-1) @ torch.linspace(-1, 1, V * 3, device=z.device).view(V, 3),
 }
 
 
 @pytest.mark.parametrize("op", [*STAYS, *READS, *BLOCKS])
-def test_every_operation_gives_what_it_gives_on_the_tensor(setup: Any, op: str) -> None:
-    model, compiled, x, y = setup
+def test_every_operation_gives_what_it_gives_on_the_tensor(worth: Any, op: str) -> None:
+    model, compiled, x, y = worth
     function = {**STAYS, **READS, **BLOCKS}[op]
     _, lazy = compiled(x, y)
     got, want = function(lazy), function(model(x, y)[1])
@@ -428,8 +447,8 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_loss_outside_the_graph_is_cut(setup: Any, name: str) -> None:
-    model, compiled, x, y = setup
+def test_a_loss_outside_the_graph_is_cut(worth: Any, name: str) -> None:
+    model, compiled, x, y = worth
     loss = LOSSES[name]
     compiled(x)  # compilation makes tensors of its own
     loss(compiled(x), y)
@@ -550,3 +569,160 @@ def test_c_code_that_asks_no_python_is_an_error(setup: Any) -> None:
     with pytest.raises(RuntimeError, match="Cannot access data pointer"):
         torch.utils.dlpack.to_dlpack(lazy)
     torch.testing.assert_close(torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(lazy.materialize())), lazy)
+
+
+# --- row by row ---------------------------------------------------------------------------------------------------------
+
+
+def jsd(student: Tensor, teacher: Tensor, y: Tensor) -> Tensor:
+    """As trl's GKD trainer writes it."""
+    p, q = F.log_softmax(student / 0.9, -1), F.log_softmax(teacher / 0.9, -1)
+    half = torch.tensor(0.5, device=p.device).log()
+    mixed = torch.logsumexp(torch.stack([p + half, q + half]), dim=0)
+    parts = [F.kl_div(mixed, x, reduction="none", log_target=True) for x in (p, q)]
+    return (0.5 * parts[0] + 0.5 * parts[1])[y != -100].sum() / (y != -100).sum()
+
+
+# Losses of two models' logits; the second is the teacher.
+OF_TWO: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "KL": lambda s, t, y: F.kl_div(s.log_softmax(-1), t.softmax(-1), reduction="batchmean"),
+    "KL of logarithms": lambda s, t, y: (t.softmax(-1) * (t.log_softmax(-1) - s.log_softmax(-1))).sum(-1).mean(),
+    "reverse KL of shifted rows": lambda s, t, y: (
+        (s[:, :-1].softmax(-1) * (s[:, :-1].log_softmax(-1) - t[:, :-1].log_softmax(-1))).sum(-1)[y[:, 1:] >= 0].mean()
+    ),
+    "JSD of chosen rows": jsd,
+    "MSE": lambda s, t, y: F.mse_loss(s, t),
+    "the teacher's best": lambda s, t, y: F.cross_entropy(s.flatten(0, 1), t.argmax(-1).flatten()),
+    "agreement": lambda s, t, y: -(s.softmax(-1) * t.softmax(-1)).sum(-1).log().mean(),
+}
+
+
+class Wide(nn.Module):
+    """A teacher, of more hidden dimensions than the student's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(D, 3 * D), nn.Linear(3 * D, V, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).tanh())
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["teacher without gradient", "with"])
+@pytest.mark.parametrize("name", OF_TWO)
+def test_losses_of_two_models(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cce_fx.lazy.tensor._LARGE", 1)
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    models, loss = [Model(), Wide()], OF_TWO[name]
+    x, y = torch.randn(16, 8, D), torch.randint(0, V, (16, 8))
+    y[0, :3] = -100
+    options = {"inner": "aot_eager", "min_vocab": 0}
+    calls = [torch.compile(m, backend="cce", options=options) for m in models]
+
+    def step(student: Callable[..., Any], teacher: Callable[..., Any]) -> tuple[Tensor, list[Any], int]:
+        for m in models:
+            m.zero_grad()
+        s = student(x)
+        with torch.set_grad_enabled(kept):
+            t = teacher(x)
+        with Largest() as made:
+            found = loss(s, t, y)
+            found.backward()
+        assert student is models[0] or (unread(s) and unread(t))
+        return found, [p.grad for m in models for p in m.parameters()], made.size
+
+    step(*calls)
+    ours, grads, largest = step(*calls)
+    assert largest <= max(16 * V, 3 * D * V) < 16 * 8 * V // 2
+    grads = [g if g is None else g.clone() for g in grads]
+    want, expected, _ = step(*models)
+    torch.testing.assert_close(ours, want)
+    for a, b in zip(grads, expected, strict=True):
+        assert (a is None) == (b is None)
+        if b is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+OF_ALL_LENGTHS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{name: LOSSES[name] for name in ("flat", "shifted", "nll", "masked", "label smoothing of the Trainer", "z-loss")},
+    "entropies": lambda z, y: -(z.softmax(-1) * z.log_softmax(-1)).sum(-1),
+    "mean": lambda z, y: z.mean(),
+    "rows of a view": lambda z, y: (z.softmax(-1) ** 2).view(-1, V).sum(-1),
+}
+
+
+@pytest.mark.parametrize("name", OF_ALL_LENGTHS)
+def test_a_loss_is_examined_once_for_all_lengths(worth: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cce_fx.lazy import graph
+
+    model, compiled, _, _ = worth
+    count, examined = 0, graph._examined
+
+    def counted(*args: Any) -> Any:
+        nonlocal count
+        count += 1
+        return examined(*args)
+
+    monkeypatch.setattr(graph, "_examined", counted)
+    counts = []
+    for length in range(6, 16):
+        x, y = torch.randn(3, length, D), torch.randint(0, V, (3, length))
+        logits = compiled(x)
+        ours = OF_ALL_LENGTHS[name](logits, y)
+        assert unread(logits)
+        torch.testing.assert_close(ours, OF_ALL_LENGTHS[name](model(x), y))
+        counts.append(count)
+    # The first two lengths are graphs of their own, and Dynamo makes the length a symbol in the second.
+    assert counts[-1] == counts[2], counts
+
+
+def test_nothing_is_read_in_inference_mode(worth: Any) -> None:
+    model, compiled, x, y = worth
+    with torch.inference_mode():
+        logits = compiled(x, y)[1]
+        found = logits.argmax(-1), (logits.softmax(-1) + 1.0).log().sum(-1)
+        assert unread(logits)
+        want = model(x, y)[1]
+        torch.testing.assert_close(found, (want.argmax(-1), (want.softmax(-1) + 1.0).log().sum(-1)))
+
+
+def test_rows_chosen_of_a_calculation_that_moved_them(worth: Any) -> None:
+    """As many in one dimension as in the other, so that no size tells."""
+    model, compiled, _, _ = worth
+    x = torch.randn(5, 5, D)
+    mask = torch.rand(5, 5) < 0.5
+    for move in (lambda z: z.transpose(0, 1).contiguous(), lambda z: z.permute(1, 0, 2).clone(), lambda z: z):
+        found = []
+        for call in (compiled, model):
+            z = call(x)
+            made = move(z * z.tanh()) * 2.0
+            found.append((made[mask].sum(-1), made[mask[0]].sum(-1)))
+        torch.testing.assert_close(*found)
+
+
+def test_a_softmax_in_another_dtype(worth: Any) -> None:
+    model, compiled, x, _ = worth
+    for softmax in (lambda z: torch.softmax(z, -1, torch.float64), lambda z: F.log_softmax(z, 2, 3, torch.float64)):
+        found = [(softmax(call(x))[:, 1:] + 1.0).sum(-1) for call in (compiled, model)]
+        assert found[0].dtype == torch.float64
+        torch.testing.assert_close(*found)
+
+
+def test_signs_of_zero_are_told_apart(worth: Any) -> None:
+    _, compiled, x, y = worth
+    for zero, sign in ((0.0, 1.0), (-0.0, -1.0)):
+        logits = compiled(x, y)[1].detach()
+        least = torch.where(logits > 1e9, logits, zero).amin(-1)
+        assert unread(logits) and torch.equal(torch.copysign(torch.ones(3, 7), least), torch.full((3, 7), sign))
+
+
+def test_what_waits_is_not_kept_when_it_is_read(worth: Any) -> None:
+    """Read at the end of a way, what was passed through is let go, as in eager."""
+    _, compiled, x, y = worth
+    with torch.no_grad():
+        logits = compiled(x, y)[1]
+        made = ((logits.softmax(-1) + 1.0) * 2.0).clamp(max=2.5)
+        state = made.state
+        assert unread(made) and (made.cpu() > 2.0).any()
+    assert state.value is not None and state.base is None

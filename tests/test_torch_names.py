@@ -21,6 +21,7 @@ from cce_fx import _torch
 ROOT = Path(__file__).parent.parent
 SOURCES = [p for folder in ("cce_fx", "passes", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]
 SAMPLES = {
+    "torch.autograd:forward_ad": torch.autograd.forward_ad,
     "torch:Tensor": torch.empty(0),
     "torch:UntypedStorage": torch.empty(0).untyped_storage(),
     "torch.distributed.fsdp:FSDPState": FSDPState(),

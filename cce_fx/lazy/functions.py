@@ -36,13 +36,14 @@ _EXCHANGE = (Tensor.data.__set__,)  # type: ignore[attr-defined]
 
 @dataclass(frozen=True)
 class Op:
-    """A function and its arguments other than the tensor itself; lazy ones among them by what is behind them."""
+    """A function and its arguments, in which the states of lazy tensors stand for them."""
 
     name: str
     func: Callable[..., Any]
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
-    is_alias: bool  # whether the result is a view of the tensor's memory
+    is_alias: bool  # whether the result is a view of the first argument's memory
+    device: torch.device
     autocast: torch.dtype | None = None  # autocast's dtype where it was called
 
     @property

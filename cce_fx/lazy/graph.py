@@ -1,212 +1,290 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Lazy logits as a graph: a loss taken outside the compiled graph is cut by the very pass that cuts it inside.
+"""Lazy logits as a graph: what is asked of them outside the compiled graph is cut by the very pass that cuts it inside.
 
-The head chain, the lazy operations and the loss are written into a small fx graph, which goes through the pass. What the
-pass declines reads the logits and runs as it was.
+The head chains, the lazy operations and the one that is asked for are written into a small fx graph. It is examined once for
+each kind of expression, with primes for the sizes of its rows; what the pass declines reads the logits and runs as it was.
 """
 
 from __future__ import annotations
 
+import functools
+import logging
+import operator
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
+from .._torch import FakeTensorMode, enter_autocast, exit_autocast, tree_map
 from ..passes import Policy, fakes
-from ..passes.autocast import autocast_of, under, written_under
+from ..passes.autocast import under, written_under
 from ..passes.faults import Fault, Undo, failed, stage
 from ..passes.pipeline import apply
-from ..passes.rewriter import logits_of, write_logits, write_operands
+from ..passes.programs.stretch import primes
+from ..passes.programs.tier import rows_of
 from ..passes.trace import trace
-from ..passes.values import output_of
-from .state import State, owned
+from ..passes.values import output_of, value_of
+from .expression import Expression, Input, Ref, Size, Step
 
-_CACHE_SIZE = 64
-
-
-def cut_loss(state: State, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The loss `func(lazy, *args, **kwargs)` of unread logits without making them, or NotImplemented."""
-    if torch.is_inference_mode_enabled() or not _is_plain(args, kwargs):
-        return NotImplemented
-    grad = torch.is_grad_enabled() and state.root.grad
-    if grad and not all(s.grad for s in state.path()):
-        return NotImplemented  # a view made without gradients is a leaf of its own
-    state.check_fresh(wait=False)
-    assert state.root.chain is not None
-    autocast = autocast_of(state.root.chain.hidden.device)
-    call = (func, _frozen(args), _frozen(tuple(kwargs.items())), autocast)
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    with torch.set_grad_enabled(grad):
-        made = _make(
-            state, call, tensors, lambda gm, node, rest: _cut(state, gm, node, rest, func, args, kwargs, autocast)
-        )
-        if made is None:
-            return NotImplemented
-        loss = owned(made.run())
-    state.hook_up(loss)
-    return loss
+_CACHE_SIZE = 512
+_MOST_SIZES = 3  # lengths at which an expression that depends on its length is examined without success
+_FIRST = (1009, 2003)  # sizes of rows are primes from these on
 
 
-def read_rows(state: State) -> Any:
-    """The values of a tensor that is some rows of unread logits, without the other rows; NotImplemented where it is not."""
-    if len({s.grad for s in state.path()}) > 1:
-        return NotImplemented  # as in `cut_loss`
-    state.check_fresh()
-    with torch.inference_mode(False), torch.set_grad_enabled(state.grad):
-        made = _make(state, ("rows",), [], lambda gm, node, _: _only_rows(gm, node))
-        if made is None:
-            return NotImplemented
-        rows = made.run()
-    state.hook_up(rows)
-    return rows
+class _Cache(OrderedDict[Any, Any]):
+    """The last used of what was found; for one thread at a time, as what is done with lazy tensors is."""
+
+    def get_or_make(self, key: Any, make: Callable[[], Any]) -> Any:
+        if key not in self:
+            self[key] = make()
+            if len(self) > _CACHE_SIZE:
+                self.popitem(last=False)
+        self.move_to_end(key)
+        return self[key]
 
 
-def row_source(state: State) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """hidden (N, D), and what gives rows (R, D) of it their rows (R, V) of `state` (..., V); None where that is not known.
+@dataclass
+class _Kind:
+    """What expressions become that differ in the sizes of their rows alone: a graph, or False; None where that depends on them."""
 
-    Without gradients.
-    """
-    state.check_fresh()
-    with torch.no_grad():
-        made = _make(state, ("operands",), [], _row_operands)
-        if made is None:
-            return None
-        hidden, weight, bias = made.run()
-    view = made.graph.meta["view"]
-    return hidden.reshape(-1, hidden.size(-1)), lambda rows: logits_of(view, state.like.dtype, rows, weight, bias)
+    any_size: GraphModule | bool | None
+    by_size: _Cache = field(default_factory=_Cache)
 
-
-def _row_operands(gm: GraphModule, node: Node, rest: Iterator[Node]) -> GraphModule | None:
-    view = trace(gm.graph).views.get(node)
-    if view is None or view.class_dim != len(view.shape) - 1 or not write_operands(gm, view):
-        return None
-    gm.meta["view"] = view
-    return gm
+    def graph(self, expression: Expression, small: bool) -> GraphModule | bool:
+        if self.any_size is not None:
+            return self.any_size
+        sizes = tuple(expression.sizes)
+        if sizes not in self.by_size and len(self.by_size) >= _MOST_SIZES and not any(self.by_size.values()):
+            return False
+        graph: GraphModule | bool = self.by_size.get_or_make(sizes, lambda: _cut(expression, small, None) or False)
+        return graph
 
 
-@dataclass(frozen=True)
-class _Made:
-    """A graph and what it is run on."""
-
-    graph: GraphModule
-    values: list[Any]
-
-    def run(self) -> Any:
-        with torch.autocast(self.values[0].device.type, enabled=False):
-            return self.graph(*self.values)
+_kinds, _waiting = _Cache(), _Cache()
 
 
-def _make(
-    state: State, call: tuple[Any, ...], tensors: list[Tensor],
-    finish: Callable[[GraphModule, Node, Iterator[Node]], GraphModule | None],
-) -> _Made | None:  # fmt: skip
-    """What `finish` makes of the graph that computes `state`, its node, and nodes for `tensors`; made once for each kind.
+def row_by_row(expression: Expression) -> tuple[torch.dtype, bool] | None:
+    """Where the last step treats each row of the logits by itself, so that it may wait: the dtype of what it returns, and whether
+    that has the logits' rows in order and one more dimension."""
 
-    None where it makes nothing, or where lazy tensors were combined on the way.
-    """
-    chain, ops = state.root.chain, state.ops
-    assert chain is not None
-    if not all(_is_plain(op.args, dict(op.kwargs)) for op in ops):
-        return None
-    recorded = [a for op in ops for a in op.args if isinstance(a, Tensor)]
-    values = [chain.hidden, *chain.inputs, *recorded, *tensors]
-    cache: dict[Any, GraphModule | None] = chain.run.meta.setdefault("cce_fx_losses", {})
-    steps = tuple((op.func, _frozen(op.args), _frozen(op.kwargs), op.autocast) for op in ops)
-    key = (chain.autocast, steps, call, torch.is_grad_enabled(), tuple(_describe(v) for v in values))
-    if key not in cache:
-        if len(cache) >= _CACHE_SIZE:
-            cache.clear()
-        cache[key] = _finished(state, values, finish)
-    made = cache[key]
-    return None if made is None else _Made(made, values)
+    def examine(gm: GraphModule, node: Node) -> tuple[torch.dtype, bool] | None:
+        policy = replace(_policy(expression), min_vocab=0)
+        rows = rows_of(gm, trace(gm.graph), policy, node) if policy.tiers == "all" else None
+        return None if rows is None else (value_of(node).dtype, rows == "in order")
 
-
-def _finished(
-    state: State, values: list[Any], finish: Callable[[GraphModule, Node, Iterator[Node]], GraphModule | None]
-) -> GraphModule | None:
-    """None where `finish` makes nothing, or fails."""
-    gm, node, rest = _graph(state, values)
     try:
-        with torch.autocast(values[0].device.type, enabled=False), stage("lazy logits", node):
-            fakes.evaluate(gm, values)
-            return finish(gm, node, rest)
-    except Fault as fault:
-        failed(fault)
+        found: tuple[torch.dtype, bool] | None = _waiting.get_or_make(
+            expression.key, lambda: _examined(expression, _FIRST[0], examine)
+        )
+    except TypeError:  # an argument without a hash
         return None
+    return found or None
 
 
-def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether there are no lazy tensors among arguments."""
-    return not any(isinstance(a, State) or hasattr(a, "state") for a in (*args, *kwargs.values()))
+def run_without_logits(expression: Expression, small: bool) -> Any:
+    """What the last step of an expression returns, made without the logits, or NotImplemented.
+
+    Tensors are returned in the order of `tree_leaves`. Where the logits are `small`, what no kernel knows is not worth it.
+    """
+    try:
+        kind: _Kind = _kinds.get_or_make((small, expression.key), lambda: _Kind(_cut_for_any_size(expression, small)))
+    except TypeError:  # an argument without a hash
+        return NotImplemented
+    graph = kind.graph(expression, small)
+    if not isinstance(graph, GraphModule):
+        return NotImplemented
+    with torch.set_grad_enabled(expression.grad), torch.autocast(expression.device.type, enabled=False):
+        return graph(*expression.values)
 
 
-def _frozen(value: Any) -> Any:
-    """A hashable likeness of arguments, tensors left out."""
-    if isinstance(value, (tuple, list)):
-        return (type(value), *(_frozen(v) for v in value))
-    if isinstance(value, slice):
-        return (slice, value.start, value.stop, value.step)
-    return Tensor if isinstance(value, Tensor) else value
+def _policy(expression: Expression) -> Policy:
+    policy: Policy = expression.chains[0].run.meta.get("cce_fx_policy", Policy())
+    return policy
 
 
-def _describe(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    return (tuple(value.shape), value.stride(), value.dtype, value.device, value.requires_grad)
+def _cut_for_any_size(expression: Expression, small: bool) -> GraphModule | bool | None:
+    """The graph without the logits, where two choices of sizes make the same of it; None where they do not, False at a fault."""
+    one = _cut(expression, small, _FIRST[0])
+    if not isinstance(one, GraphModule):
+        return one
+    two = _cut(expression, small, _FIRST[1])
+    return one if isinstance(two, GraphModule) and one.code == two.code else None
 
 
-def _graph(state: State, values: list[Any]) -> tuple[GraphModule, Node, Iterator[Node]]:
-    """A graph of the chain and the lazy operations; its last node; inputs not used so far."""
-    chain = state.root.chain
-    assert chain is not None
-    graph, device = Graph(), chain.hidden.device
-    inputs = [graph.placeholder(f"in{i}") for i in range(len(values))]
-    head = 1 + len(chain.inputs)
-    old = [n for n in chain.run.graph.nodes if n.op == "placeholder"]
-    copies = dict(zip(old, inputs[:head], strict=True))
-    with written_under(graph, device, chain.autocast):
-        node = graph.graph_copy(chain.run.graph, copies)
-    rest = iter(inputs[head:])
-    for op in state.ops:
-        with written_under(graph, device, op.autocast):
-            node = graph.call_function(op.func, (node, *_placed(op.args, rest)), dict(op.kwargs))
-    graph.output(node)
-    return GraphModule(chain.run, graph), node, rest
+def _cut(expression: Expression, small: bool, first: int | None) -> GraphModule | bool | None:
+    """The graph without the logits; None where the pass declines, False where it fails."""
+    policy = _policy(expression)
+    # A compiled row program would let the program wait for the compiler, for a number that it may ask for once.
+    policy = replace(policy, min_vocab=0, tiers="kernel" if small else policy.tiers, compiled=False)
+
+    def examine(gm: GraphModule, node: Node) -> GraphModule | None:
+        report, found = apply(gm, policy, Undo(gm))
+        return None if not report.rewritten or _needed(output_of(gm.graph)) & found.heads.keys() else gm
+
+    found: GraphModule | bool | None = _examined(expression, first, examine)
+    return found
 
 
-def _cut(
-    state: State,
-    gm: GraphModule,
-    node: Node,
-    rest: Iterator[Node],
-    func: Callable[..., Any],
-    args: Any,
-    kwargs: Any,
-    autocast: torch.dtype | None,
-) -> GraphModule | None:
-    """The loss after the graph, cut by the pass; None where that declines."""
-    args = _placed(args, rest)
-    kwargs = {k: next(rest) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-    output, device = output_of(gm.graph), state.root.chain.hidden.device  # type: ignore[union-attr]
-    with gm.graph.inserting_before(output), written_under(gm.graph, device, autocast):
-        loss = gm.graph.call_function(func, (node, *args), kwargs)
-    output.args = (loss,)
-    with under(device, autocast):
-        fakes.propagate(gm, [loss], grad=torch.is_grad_enabled())
-    policy = state.root.chain.run.meta.get("cce_fx_policy", Policy())  # type: ignore[union-attr]
-    # A row program would be compiled while the program waits, for a number that it may ask for once.
-    report, _ = apply(gm, replace(policy, min_vocab=0, tiers="kernel"), Undo(gm))
-    return gm if report.rewritten and all(r.logits == "unused" for r in report.rewritten) else None
+def _examined(expression: Expression, first: int | None, examine: Callable[[GraphModule, Node], Any]) -> Any:
+    """What `examine` makes of an expression's graph and its last node; None where it cannot be written, False where it fails.
+
+    The sizes of rows are primes from `first` on, and the expression's own where that is None.
+    """
+    writer = _Writer(expression, first)
+    with torch.autocast(expression.device.type, enabled=False), torch.inference_mode(False):
+        try:
+            with mock.patch.object(_FAKES_LOG, "disabled", True):
+                node = writer.write()
+        except Exception:  # of torch's: the operation will raise it again, of the logits
+            return None
+        try:
+            with stage("lazy logits", node):
+                found = examine(writer.gm, node)
+                writer.finish()
+                return found
+        except Fault as fault:
+            failed(fault)
+            return False
 
 
-def _only_rows(gm: GraphModule, node: Node) -> GraphModule | None:
-    """The graph with its row operations done on hidden and not on logits; None where it does more than that."""
-    view = trace(gm.graph).views.get(node)
-    return gm if view is not None and write_logits(gm, view, node) else None
+_FAKES_LOG = logging.getLogger("torch._subclasses.fake_tensor")  # which tells of every error
 
 
-def _placed(args: tuple[Any, ...], inputs: Iterator[Node]) -> tuple[Any, ...]:
-    return tuple(next(inputs) if isinstance(a, Tensor) else a for a in args)
+def _needed(output: Node) -> set[Node]:
+    """The nodes that a graph's output is made of."""
+    found, stack = {output}, [output]
+    while stack:
+        more = [n for n in stack.pop().all_input_nodes if n not in found]
+        found.update(more)
+        stack += more
+    return found
+
+
+class _Writer:
+    """Writes an expression as a graph whose nodes carry example values."""
+
+    def __init__(self, expression: Expression, first: int | None) -> None:
+        self._expression = expression
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._primes: Iterator[int] | None = None if first is None else primes(first)
+        self._sizes: dict[int, int] = {}  # what stands for a size of rows: a prime, or a number made of some
+        self._drawn: set[int] = set()  # the primes among them
+        self._given: list[Node] = []
+        self._made: list[Node] = []
+        self.gm: GraphModule = GraphModule(torch.nn.Module(), Graph())
+
+    def write(self) -> Node:
+        """The graph, with its last step as its output; the node of that. Raises what torch raises."""
+        graph = self.gm.graph
+        for number, value in enumerate(self._expression.values):
+            self._given.append(graph.placeholder(f"in{number}"))
+            if not isinstance(value, Tensor):
+                self._given[-1].meta["example_value"] = self._size(value)
+        end = graph.output(None)
+        for step in self._expression.steps:
+            first = end.prev
+            with graph.inserting_before(end), written_under(graph, self._expression.device, step.autocast):
+                made = self._write(step)
+            self._evaluate(first, end, step.autocast)
+            self._compare(value_of(made), step)
+            self._made.append(made)
+        node = self._made[-1]
+        results: Any = [node]
+        if not isinstance(value_of(node), Tensor):
+            first = end.prev
+            with graph.inserting_before(end):
+                results = [graph.call_function(operator.getitem, (node, i)) for i in range(len(value_of(node)))]
+            self._evaluate(first, end, None)
+        end.args = (tuple(results),)
+        self.gm.recompile()
+        return node
+
+    def _write(self, step: Step) -> Node:
+        args, kwargs = tree_map(self._argument, (step.args, dict(step.kwargs)))
+        if not isinstance(step.func, GraphModule):
+            return self.gm.graph.call_function(step.func, args, kwargs)
+        inputs = [n for n in step.func.graph.nodes if n.op == "placeholder"]
+        copies = dict(zip(inputs, args, strict=True))
+        made = self.gm.graph.graph_copy(step.func.graph, copies)
+        assert isinstance(made, Node)
+        for old, new in copies.items():
+            if old.op == "get_attr":
+                name = f"chain{len(self._made)}"
+                self.gm.add_submodule(name, step.func)
+                new.target = f"{name}.{old.target}"
+        return made
+
+    def _argument(self, a: Any) -> Any:
+        if isinstance(a, Input):
+            node, value = self._given[a.index], self._expression.values[a.index]
+            if "example_value" not in node.meta:
+                with self._mode:
+                    fake = torch.empty([*map(self._size, value.shape)], dtype=value.dtype, device=value.device)
+                node.meta["example_value"] = fake.requires_grad_(value.requires_grad)
+            return node
+        if isinstance(a, Ref):
+            return self._made[a.step]
+        return self._size(a.size) if isinstance(a, Size) else a
+
+    def _size(self, size: Any) -> Any:
+        """What stands for a size of rows; anything else for itself."""
+        if self._primes is None or type(size) is not int or size not in self._expression.sizes:
+            return size
+        if size not in self._sizes:
+            self._sizes[size] = next(p for p in self._primes if p not in self._expression.fixed)
+            self._drawn.add(self._sizes[size])
+        return self._sizes[size]
+
+    def _evaluate(self, first: Node, end: Node, autocast: torch.dtype | None) -> None:
+        """Example values of what was written after `first`. An entry of autocast would outlast an error of what it is for."""
+        at = first.next
+        with under(self._expression.device, autocast):
+            while at is not end:
+                if at.target not in (enter_autocast, exit_autocast):
+                    fakes.propagate(self.gm, [at], grad=self._expression.grad)
+                at = at.next
+
+    def _compare(self, value: Any, step: Step) -> None:
+        """Learn what stands for the sizes of a step's result. Raises ValueError where it has others than the lazy tensor."""
+        if step.shape is None:
+            return
+        if self._primes is not None:
+            for have, want in zip(value.shape, step.shape, strict=True):
+                if want in self._expression.sizes:
+                    self._sizes.setdefault(want, have)
+        if tuple(value.shape) != tuple(map(self._size, step.shape)):
+            raise ValueError(f"{tuple(value.shape)} stands for {step.shape}")
+
+    def finish(self) -> None:
+        """Put the sizes of the graph's inputs in the place of the primes that stand for them, and drop the example values."""
+        graph, sizes = self.gm.graph, {}
+        body = [n for n in graph.nodes if n.op in ("call_function", "call_method")]
+        for node in self._given:
+            shape = value_of(node).shape if isinstance(value_of(node), Tensor) else ()
+            for dim, size in enumerate(shape):
+                if size in self._drawn and size not in sizes:
+                    with graph.inserting_before(body[0]):
+                        sizes[size] = graph.call_method("size", (node, dim))
+
+        def named(value: Any) -> Any:
+            factors: list[Any] = []
+            for prime, node in sizes.items() if type(value) is int and value else ():
+                while value % prime == 0:
+                    value //= prime
+                    factors.append(node)
+            if not factors:
+                return value
+            with graph.inserting_before(body[0]):
+                factors = factors if value == 1 else [*factors, value]
+                return functools.reduce(lambda a, b: graph.call_function(operator.mul, (a, b)), factors)
+
+        for node in body:
+            node.args, node.kwargs = torch.fx.node.map_aggregate((node.args, node.kwargs), named)
+        for node in graph.nodes:
+            node.meta.clear()
+        self.gm.recompile()

@@ -1,31 +1,37 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which operations on `LazyLogits` stay lazy, which run block by block, and which are losses to be cut."""
+"""What is done with `LazyLogits`: what moves rows about is put off, what treats each row by itself is cut, the rest reads."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
-from .._torch import DisableTorchFunctionSubclass, tree_iter, tree_map
-from ..passes.autocast import autocast_of, under
+from .._torch import (
+    DisableTorchFunctionSubclass,
+    functorch_stack,
+    tree_flatten,
+    tree_iter,
+    tree_map,
+    tree_unflatten,
+)
+from ..passes import Policy
+from ..passes.autocast import autocast_of
 from ..passes.canonical import CASTS, canonical_callable
+from .expression import Expression, NotWritten, is_moved, read_rows
 from .functions import BASE, DETACH_, IS_VIEW, REGISTER_HOOK, WATCH, Op, writes
-from .graph import cut_loss, read_rows, row_source
+from .graph import row_by_row, run_without_logits
 from .state import State, owned
 from .tensor import HANDLERS, LazyLogits, base_of
 
-# Operations by canonical name that stay lazy: they move rows about, cast, scale, or work on each row of classes alone.
+# Operations by canonical name that move rows about, or cast.
 _MOVES = {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "movedim", "t",
-          "getitem", "narrow", "select", "detach"}  # fmt: skip
-_CALCULATIONS = {"exp", "log_softmax", "softmax", "log"}
-_VALUES = {*CASTS, "contiguous", "mul", "div", "neg", *_CALCULATIONS}
-_ROWS = {"index_select"}
-_REDUCTIONS = {"argmax", "max", "topk", "logsumexp", "argmin", "min", "amax", "sum", "mean"}
-_LOSSES = {"cross_entropy", "nll_loss", "gather", "take_along_dim", "logsumexp", "sum", "mean"}
+          "getitem", "narrow", "select", "detach", "index_select"}  # fmt: skip
+_CASTS = {*CASTS, "contiguous"}
 _PIECES = {"split", "chunk", "unbind"}
 
 
@@ -55,35 +61,153 @@ _TOO_LATE = (
 
 
 def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of an operation that need not read the logits, or NotImplemented."""
+    """The result of an operation that moves rows about or casts, which need not look at the logits; or NotImplemented."""
     name = canonical_callable(func)
-    if not isinstance(name, str) or not args:
+    if not isinstance(name, str) or not args or kwargs.get("out") is not None:
         return NotImplemented
-    if name == "mul" and not isinstance(args[0], LazyLogits) and len(args) == 2:
-        args = (args[1], args[0])
-    lazy = args[0]
-    if not isinstance(lazy, LazyLogits) or lazy.chain is None or kwargs.get("out") is not None:
+    lazy, rest = args[0], args[1:]
+    if not isinstance(lazy, LazyLogits) or lazy.chain is None or _lazies((rest, kwargs)):
         return NotImplemented
-    if name in _LOSSES:
-        found = cut_loss(lazy.state, func, args[1:], kwargs)
-        if found is not NotImplemented or name not in _REDUCTIONS:
-            return found
     if name in _PIECES:
-        return _pieces(lazy, name, args[1:], kwargs)
-    if any(isinstance(a, LazyLogits) for a in (*args[1:], *kwargs.values())):
-        return _product(lazy, func, args[1:]) if name == "mul" and len(args) == 2 and not kwargs else NotImplemented
+        return _pieces(lazy, name, rest, kwargs)
     if name == "getitem" and isinstance(args[1], Tensor):
         return _rows_chosen(lazy, args[1])
-    if name in _REDUCTIONS:
-        return _by_blocks(lazy, name, func, args[1:], kwargs)
-    if name not in _MOVES | _VALUES | _ROWS:
+    if name not in _MOVES and name not in _CASTS:
         return NotImplemented
-    return _lazily(lazy, name, func, args[1:], kwargs)
+    return _lazily(lazy, name, func, rest, kwargs)
+
+
+def by_rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of an operation that treats each row of the logits by itself, or NotImplemented.
+
+    What still has classes waits; what has none is computed for some rows at a time.
+    """
+    name = canonical_callable(func)
+    name = name if isinstance(name, str) else getattr(func, "__name__", "")
+    if name in ("__get__", "__set__") or writes(func, kwargs) or func in WATCH or _is_transformed():
+        return NotImplemented
+    if "device" in kwargs or any(isinstance(x, torch.device) for x in tree_iter(args)):
+        return NotImplemented  # numbers would be made, and random ones drawn, in the place of shapes
+    lazies = [x for x in _lazies((args, kwargs)) if x.chain is not None]
+    tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor) and not any(x is z for z in lazies)]
+    if not lazies or not all(_is_plain(t) for t in tensors):
+        return NotImplemented
+    try:
+        made = _on_meta_tensors(func, args, kwargs)
+    except Exception:  # whatever it is, it is raised again, of the logits
+        return NotImplemented
+    results = list(tree_iter(made))
+    if not results or not all(isinstance(x, Tensor) for x in results):
+        return NotImplemented
+    small, most = _are_small(lazies), max(z.numel() for z in lazies) // 4
+    if all(x.numel() <= most for x in results):
+        return _without_logits(func, args, kwargs, made, lazies, small)
+    waits = isinstance(made, Tensor) and not small and all(t.numel() <= most for t in tensors)
+    return _waiting(func, name, args, kwargs, made, lazies) if waits else NotImplemented
+
+
+def _without_logits(func: Any, args: Any, kwargs: Any, made: Any, lazies: list[LazyLogits], small: bool) -> Any:
+    """A result without classes, of which `made` are the shapes."""
+    expression = _expression(func, args, kwargs, lazies)
+    if expression is None:
+        return NotImplemented
+    for lazy in lazies:
+        lazy.state.check_fresh(wait=False)
+    found = run_without_logits(expression, small)
+    if found is NotImplemented:
+        return NotImplemented
+    wanted, spec = tree_flatten(made)
+    if [tuple(x.shape) for x in found] != [tuple(x.shape) for x in wanted]:
+        return NotImplemented
+    found = [owned(x) for x in found]
+    for lazy in lazies:
+        for x in found:
+            lazy.state.hook_up(x)
+    return tree_unflatten(found, spec)
+
+
+def _waiting(func: Any, name: str, args: Any, kwargs: Any, made: Tensor, lazies: list[LazyLogits]) -> Any:
+    """A result with classes, of which `made` is the shape, as a lazy tensor."""
+    expression = _expression(func, args, kwargs, lazies)
+    known = None if expression is None else row_by_row(expression)
+    if known is None:
+        return NotImplemented
+    dtype, in_order = known
+    first, like = lazies[0], made if made.dtype == dtype else made.to(dtype)
+    # The program may change its own tensors.
+    args, kwargs = tree_map(lambda x: x.clone() if isinstance(x, Tensor) and not isinstance(x, LazyLogits) else x,
+                            (_as_states(args), _as_states(kwargs)))  # fmt: skip
+    op = Op(name, func, tuple(args), tuple(kwargs.items()), False, first.device, autocast_of(first.device))
+    lazy = first.derive(op, like)
+    lazy.state.in_order = in_order
+    return lazy
+
+
+def _expression(func: Any, args: Any, kwargs: Any, lazies: list[LazyLogits]) -> Expression | None:
+    """An operation on lazy tensors, written down; None where it cannot be."""
+    device = lazies[0].device
+    roots = [root for lazy in lazies for root in lazy.state.roots]
+    grad = torch.is_grad_enabled() and any(root.grad for root in roots)
+    expression = Expression(grad, device)
+    with torch.set_grad_enabled(grad):
+        try:
+            expression.add(func, _as_states(args), _as_states(kwargs), autocast_of(device))
+        except NotWritten:
+            return None
+    return expression
+
+
+def _as_states(tree: Any) -> Any:
+    return tree_map(
+        lambda x: (x.state if x.chain is not None else x.state.value) if isinstance(x, LazyLogits) else x, tree
+    )
+
+
+def _lazies(tree: Any) -> list[LazyLogits]:
+    return [x for x in tree_iter(tree) if isinstance(x, LazyLogits)]
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Whether a tensor beside lazy ones is one of no other kind."""
+    return type(t) in (Tensor, Parameter) or (isinstance(t, LazyLogits) and t.chain is None)
+
+
+def _is_transformed() -> bool:
+    """Whether a transform of torch.func, or forward-mode differentiation, is active."""
+    return functorch_stack() is not None or forward_ad._current_level >= 0
+
+
+# Logits of fewer bytes are read where no kernel knows what is asked of them.
+_SMALLEST = 1 << 20
+
+
+def _are_small(lazies: list[LazyLogits]) -> bool:
+    roots = [root for lazy in lazies for root in lazy.state.roots]
+    asked = [root.chain.run.meta.get("cce_fx_policy", Policy()).min_vocab for root in roots if root.chain is not None]
+    return all(n is None for n in asked) and all(r.like.numel() * r.like.element_size() < _SMALLEST for r in roots)
+
+
+def _on_meta_tensors(func: Any, args: Any, kwargs: Any) -> Any:
+    """Shapes and strides of what an operation returns. Raises whatever it raises, also where it would show memory."""
+    given: list[Tensor] = []
+
+    def like(x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
+        given.append(_on_meta(x) if isinstance(x, LazyLogits) else x.detach().to("meta"))
+        return given[-1]
+
+    with torch.no_grad():
+        made = func(*tree_map(like, args), **tree_map(like, kwargs))
+    memory = {x.untyped_storage()._cdata for x in given}
+    if any(isinstance(x, Tensor) and x.untyped_storage()._cdata in memory for x in tree_iter(made)):
+        raise ValueError("a view")
+    return made
 
 
 def read_a_part(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result for a few rows, read without the others; NotImplemented where it could share memory with them."""
-    lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
+    lazies = _lazies((args, kwargs))
     if writes(func, kwargs) or func in _OF_ONE_TENSOR or not all(_read_part(x.state) for x in lazies):
         return NotImplemented
     args, kwargs = tree_map(_part, (args, kwargs))
@@ -97,12 +221,10 @@ def _read_part(state: State) -> bool:
     if state.unread is None or 2 * state.like.numel() > state.root.like.numel():
         return False
     if state.part is None:
-        rows = read_rows(state)
-        if rows is not NotImplemented:
-            state.part = rows
-        elif state.base is not None and state.op is not None and _read_part(state.base):
-            if all(_read_part(a) for a in state.op.args if isinstance(a, State)):
-                state.part = state.computed(lambda base: base.part)
+        if is_moved(state):
+            state.part = read_rows(state)
+        elif state.made_of and all(_read_part(a) for a in state.made_of):
+            state.part = state.computed(lambda base: base.part)
     # What is made of it is laid out as it is.
     return state.part is not None and state.part.stride() == torch.empty_like(state.like).stride()
 
@@ -122,10 +244,10 @@ def _shares(value: Any, memory: set[int]) -> bool:
 _OF_ONE_TENSOR = {Tensor.data_ptr, *WATCH, Tensor.grad.__get__, Tensor.grad.__set__, Tensor.grad_fn.__get__}
 
 
-def _on_meta(lazy: LazyLogits, dtype: torch.dtype | None = None) -> Tensor:
+def _on_meta(lazy: LazyLogits) -> Tensor:
     """Shape and strides without memory."""
     like = lazy.state.like
-    return torch.empty_strided(like.shape, like.stride(), dtype=dtype or like.dtype, device="meta")
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device="meta")
 
 
 def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
@@ -139,42 +261,17 @@ def _lazily(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kw
             return lazy
     if name == "index_select":
         args = (args[0], args[1].clone())  # the program may change its own
-    like, autocast = _on_meta(lazy), autocast_of(lazy.device)
-    if autocast is not None and name in _CALCULATIONS:
-        like = like.to(
-            _cast_by_autocast(func, like.dtype, like.dim(), lazy.device, autocast, args, tuple(kwargs.items()))
-        )
+    like = _on_meta(lazy)
     made = func(like, *(a.to("meta") if isinstance(a, Tensor) else a for a in args), **kwargs)
     if not isinstance(made, Tensor) or not made.dtype.is_floating_point:
         return NotImplemented
-    if made is like and name in (*CASTS, "contiguous"):
+    if made is like and name in _CASTS:
         return lazy
     is_alias = made.untyped_storage()._cdata == like.untyped_storage()._cdata
-    return lazy.derive(Op(name, func, tuple(args), tuple(kwargs.items()), is_alias, autocast), made)
-
-
-@functools.cache
-def _cast_by_autocast(
-    func: Callable[..., Any],
-    dtype: torch.dtype,
-    dim: int,
-    device: torch.device,
-    autocast: torch.dtype,
-    args: Any,
-    kwargs: Any,
-) -> torch.dtype:
-    """The dtype that autocast, which knows no meta tensors, has an operation calculate in."""
-    with under(device, autocast), torch.no_grad():
-        return func(torch.ones((1,) * dim, dtype=dtype, device=device), *args, **dict(kwargs)).dtype
-
-
-def _product(lazy: LazyLogits, func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """One tensor times another of the same rows, as p log p in an entropy."""
-    other = args[0]
-    if other.chain is None or _source(lazy.state) is not _source(other.state) or lazy.shape != other.shape:
-        return NotImplemented
-    like = _on_meta(lazy, torch.promote_types(lazy.dtype, other.dtype))
-    return lazy.derive(Op("mul", func, (other.state,), (), False), like)
+    args = (lazy.state, *args)
+    return lazy.derive(
+        Op(name, func, args, tuple(kwargs.items()), is_alias, lazy.device, autocast_of(lazy.device)), made
+    )
 
 
 def _pieces(lazy: LazyLogits, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -206,18 +303,10 @@ def _is_device(value: Any) -> bool:
 
 
 def _harmless(name: str, lazy: LazyLogits, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether the arguments are ones under which the operation only moves, casts or scales."""
-    if name in ("mul", "div"):
-        number = len(args) == 1 and isinstance(args[0], (int, float)) and not isinstance(args[0], bool)
-        return number and args[0] != 0 and not kwargs
+    """Whether the arguments are ones under which the operation only moves or casts."""
     if name == "getitem":
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
         return all(i is None or i is Ellipsis or type(i) in (int, slice) for i in index)
-    if name == "log":  # of probabilities; of anything else it would have to look
-        return bool(lazy.state.ops) and lazy.state.ops[-1].name == "softmax"
-    if name in ("softmax", "log_softmax"):
-        dim = kwargs.get("dim", args[0] if args else None)
-        return isinstance(dim, int) and kwargs.get("dtype") is None
     if name == "index_select":
         return len(args) == 2 and args[0] in range(lazy.dim() - 1) and args[1].dim() == 1 and not kwargs
     if name in ("to", "type_as"):
@@ -231,76 +320,4 @@ def _harmless(name: str, lazy: LazyLogits, args: tuple[Any, ...], kwargs: dict[s
     return not any(isinstance(a, Tensor) for a in (*args, *kwargs.values()))
 
 
-def _by_blocks(lazy: LazyLogits, name: str, func: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
-    """A reduction over the vocabulary of whole rows, block by block; NotImplemented where it is something else.
-
-    With a gradient to keep, the logits are read instead: only indices (argmax, argmin) never have one.
-    """
-    if lazy.requires_grad and torch.is_grad_enabled() and name not in ("argmax", "argmin"):
-        return NotImplemented
-    at = 1 if name == "topk" else 0
-    dim = kwargs.get("dim", args[at] if len(args) > at else None)
-    if name == "topk" and dim is None:
-        dim = -1
-    if isinstance(dim, (tuple, list)) and len(dim) == 1:
-        dim = dim[0]
-    if not isinstance(dim, int) or dim not in (-1, lazy.dim() - 1):
-        return NotImplemented
-    base = _source(lazy.state)
-    found = row_source(base)
-    if found is None:
-        return NotImplemented
-    (hidden, logits), parts = found, []
-    last = [-1] * (len(args) > at)
-    named = {**kwargs, "dim": -1} if "dim" in kwargs else kwargs
-    with torch.no_grad():
-        for rows in hidden.split(_rows_of_a_block(lazy.state.like)):
-            with under(hidden.device, None):
-                block = logits(rows)
-            block = _evaluate(lazy.state, base, block)
-            parts.append(func(block, *args[:at], *last, *args[at + 1 :], **named))
-    return _joined(parts, tuple(lazy.shape[:-1]))
-
-
-def _rows_of_a_block(like: Tensor) -> int:
-    """A sixteenth of the logits, but 1 to 16 MiB."""
-    row = max(1, like.size(-1) * like.element_size())
-    size = min(max(like.numel() * like.element_size() // 16, 1 << 20), 16 << 20)
-    return max(1, size // row)
-
-
-def _source(state: State) -> State:
-    """The state of the same shape that this one is made of by operations on each row of classes alone."""
-    while state.base is not None and state.op is not None and _is_within_rows(state.op, state.like):
-        state = state.base
-    return state
-
-
-def _is_within_rows(op: Op, like: Tensor) -> bool:
-    if op.name in ("softmax", "log_softmax"):
-        return dict(op.kwargs).get("dim", op.args[0] if op.args else None) in (-1, like.dim() - 1)
-    return op.name in _VALUES or op.name == "detach"
-
-
-def _evaluate(state: State, base: State, block: Tensor) -> Tensor:
-    """Rows (R, V) of a state from the same rows `block` of its source."""
-    if state is base:
-        return block
-    op = state.op
-    assert op is not None and state.base is not None
-    value = _evaluate(state.base, base, block)
-    args = [_evaluate(a, base, block) if isinstance(a, State) else a for a in op.args]
-    with under(block.device, op.autocast):
-        if op.name in ("softmax", "log_softmax"):
-            return getattr(torch, op.name)(value, -1)
-        return op.func(value, *args, **dict(op.kwargs))
-
-
-def _joined(parts: list[Any], rows: tuple[int, ...]) -> Any:
-    if isinstance(parts[0], Tensor):
-        whole = torch.cat(parts)
-        return owned(whole.view((*rows, *whole.shape[1:])))
-    return type(parts[0])([_joined(list(column), rows) for column in zip(*parts, strict=True)])
-
-
-HANDLERS.extend([about_the_tensor, stay_lazy, read_a_part])
+HANDLERS.extend([about_the_tensor, stay_lazy, by_rows, read_a_part])

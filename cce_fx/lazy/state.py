@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from .._torch import assert_async
+from .._torch import assert_async, tree_iter, tree_map
 from ..passes.autocast import under
 from . import gathered
 from .functions import Op
@@ -24,6 +24,9 @@ _STALE = (
     "give other values. A step of an optimizer of torch leaves them as they were; after any other change they have to be "
     "read before it. Or compile with options={{'logits': 'keep'}}."
 )
+
+# One for all: what is made of several roots is read while they are.
+LOCK = threading.RLock()
 
 _LET_GO = (
     "these logits are lazy and FSDP has let go of the gathered weight that they are made from. Read them before the "
@@ -41,6 +44,7 @@ class HeadChain:
         run: `run(hidden, *inputs)` gives the logits.
         autocast: the dtype to which autocast casts in the program where `run` is from; None where it is off.
         outlives_steps: whether copies of the weights are taken before an optimizer's step changes them.
+        rowwise: whether each row of hidden (..., D) gives its row of the logits (..., V), whatever rows there are.
     """
 
     hidden: Tensor
@@ -48,16 +52,17 @@ class HeadChain:
     run: GraphModule
     autocast: torch.dtype | None = None
     outlives_steps: bool = False
+    rowwise: bool = False
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """hidden and the tensors among the inputs."""
         return (self.hidden, *(x for x in self.inputs if isinstance(x, Tensor)))
 
-    def logits(self) -> Tensor:
-        """The logits, a plain tensor."""
+    def logits(self, hidden: Tensor | None = None) -> Tensor:
+        """The logits, a plain tensor; of a `rowwise` chain those of other rows `hidden` (..., D)."""
         with under(self.hidden.device, self.autocast):
-            return owned(self.run(self.hidden, *self.inputs))
+            return owned(self.run(self.hidden if hidden is None else hidden, *self.inputs))
 
 
 def owned(x: Tensor) -> Tensor:
@@ -84,7 +89,7 @@ class _Own(torch.autograd.Function):
 class State:
     """A tensor that is not read yet, or its value: the root of a family made by a chain, or an operation on another state.
 
-    What is unread is a function of the chain alone. States that share memory are read together, as views of one another;
+    What is unread is a function of the chains alone. States that share memory are read together, as views of one another;
     others are computed from what they are derived from while that is as it was, and else from the chain anew.
 
     Attributes:
@@ -92,7 +97,9 @@ class State:
         grad: grad mode in which it was made, and in which the value will be.
         requires_grad: whether the stand-in for it was made to require gradients.
         chain: of a root.
-        base, op: of another state.
+        op: of another state: the operation that makes it of others, which are among its arguments.
+        base: the first of those.
+        in_order: of a calculation: whether it has the rows of its roots in order, and one more dimension.
         value: the plain tensor, once read.
         given: whether the program has the value, so that its identity cannot change any more.
         part: a value of its own, where some rows were read without the others; nobody holds views of it.
@@ -107,6 +114,7 @@ class State:
         self.chain: HeadChain | None = None
         self.base: State | None = None
         self.op: Op | None = None
+        self.in_order: bool = False
         self._owner: State | None = None  # whose memory this one's is, if not its own
         self.value: Tensor | None = None
         self.given: bool = False
@@ -117,7 +125,6 @@ class State:
         self._as_read: tuple[Witness, Any] | None = None  # of the value and its graph, when it was given away
         self._bare: Tensor | None = None  # the value without an autograd graph, made below autograd
         self._derived: weakref.WeakSet[State] = weakref.WeakSet()
-        self._lock: threading.RLock = threading.RLock()
 
     @staticmethod
     def made_by(chain: HeadChain, like: Tensor) -> State:
@@ -131,34 +138,59 @@ class State:
     def then(self, op: Op, like: Tensor) -> State:
         """This tensor after one more operation."""
         state = State(like, torch.is_grad_enabled())
-        state.base, state.op, state._lock = self, op, self._lock
+        state.base, state.op = self, op
         if op.is_alias:
             state._owner = self._memory
-        self._derived.add(state)
+        for base in state.made_of:
+            base._derived.add(state)
         return state
 
     # --- its place in the family -----------------------------------------------------------------------------------------
 
-    def path(self) -> list[State]:
-        """The states from the root to this one."""
-        found = [self]
-        while found[-1].base is not None:
-            found.append(found[-1].base)
-        return found[::-1]
+    @property
+    def made_of(self) -> list[State]:
+        """The states among the arguments of the operation that makes this one."""
+        return [] if self.op is None else [x for x in tree_iter((self.op.args, self.op.kwargs)) if isinstance(x, State)]
+
+    @property
+    def roots(self) -> list[State]:
+        """The states made by chains that this one is a function of, itself if it is one."""
+        found, seen, stack = [], set(), [self]
+        while stack:
+            state = stack.pop()
+            if id(state) not in seen:
+                seen.add(id(state))
+                stack += reversed(state.made_of)
+                found += [state] * (state.op is None)
+        return found
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors, outside of the family, that a gradient with respect to this one may flow to."""
+        found, seen, stack = [], set(), [self]
+        while stack:
+            state = stack.pop()
+            if id(state) in seen:
+                continue
+            seen.add(id(state))
+            stack += reversed(state.made_of)
+            if state.op is not None:
+                found += [x for x in tree_iter((state.op.args, state.op.kwargs)) if isinstance(x, Tensor)]
+            elif state.chain is not None and state.grad:
+                found += state.chain.tensors
+        return [x for x in found if x.requires_grad]
 
     @property
     def root(self) -> State:
-        """What this is a view, cast or scale of."""
-        return self.path()[0]
-
-    @property
-    def ops(self) -> tuple[Op, ...]:
-        """The operations between the root and this tensor, in order."""
-        return tuple(state.op for state in self.path() if state.op is not None)
+        """The first of the roots."""
+        state = self
+        while state.base is not None:
+            state = state.base
+        return state
 
     @property
     def unread(self) -> HeadChain | None:
-        """The chain that it will be computed from; None once it was read."""
+        """The first of the chains that it will be computed from; None once it was read."""
         return self.root.chain if self.value is None else None
 
     def viewed(self) -> State:
@@ -187,7 +219,7 @@ class State:
 
         Raises RuntimeError when hidden, weight or bias changed since the forward.
         """
-        with self._lock:
+        with LOCK:
             owner = self._memory
             if owner.value is None:
                 owner.value = owner.computed(lambda base: base._as_derived())
@@ -202,7 +234,7 @@ class State:
 
     def give(self) -> Tensor:
         """The value, for the program to do with as it likes."""
-        with self._lock:
+        with LOCK:
             owner, value = self._memory, self.read()
             if owner._as_read is None and owner._awaited():
                 assert owner.value is not None
@@ -218,7 +250,7 @@ class State:
 
     def read_bare(self) -> Tensor:
         """The value for code below autograd: what is computed there has no graph, and is not to be taken for the value."""
-        with self._lock:
+        with LOCK:
             if self.value is not None:
                 return self.value.detach()
             if self._bare is None:
@@ -236,13 +268,19 @@ class State:
             assert self.chain is not None
             self.check_fresh()
             return self.chain.logits()
-        args = [source(a) if isinstance(a, State) else a for a in (self.base, *self.op.args)]
-        with under(args[0].device, self.op.autocast):
-            return self.op.func(*args, **dict(self.op.kwargs))
+        args, kwargs = tree_map(lambda a: source(a) if isinstance(a, State) else a, (self.op.args, self.op.kwargs))
+        with under(self.op.device, self.op.autocast):
+            return self.op.func(*args, **dict(kwargs))
 
     def _as_derived(self) -> Tensor:
-        """The value as it was when something was derived from it."""
-        return self.computed(lambda base: base._as_derived()) if self._memory._is_other() else self.read()
+        """The value as it was when something was derived from it.
+
+        What is passed through on the way to a single other tensor is not kept, unless for a gradient.
+        """
+        passed = self.value is None and self.op is not None and self._owner is None and len(self._derived) == 1
+        if self._memory._is_other() or (passed and not self.requires_grad):
+            return self.computed(lambda base: base._as_derived())
+        return self.read()
 
     def _is_other(self) -> bool:
         """Whether the program changed the value that it was given."""
@@ -265,8 +303,7 @@ class State:
 
     def hook_up(self, made: Tensor) -> None:
         """Put the hooks that were put off onto what was made of these logits."""
-        if made.requires_grad:
-            root = self.root
+        for root in self.roots if made.requires_grad else ():
             root.passed_by |= made is not root.value
             for hook in root.hooks:
                 made.register_hook(hook)
@@ -278,19 +315,13 @@ class State:
 
         What only their entries tell is asked on the device and, without `wait`, told by an assertion there.
         """
-        for at, witness in enumerate(self.root._witnesses):
-            if not gathered.is_there(witness.tensor):
-                raise RuntimeError(_LET_GO)
-            stale = _STALE.format(what="hidden" if at == 0 else "the weight or bias")
-            same = witness.same_entries if not witness.changed else None
-            if same is not None and not wait and same.device.type == "cuda":
-                assert_async(same, stale)
-            elif witness.changed or (same is not None and not same):
-                raise RuntimeError(stale)
+        for root in self.roots:
+            for at, witness in enumerate(root._witnesses):
+                _check(witness, "hidden" if at == 0 else "the weight or bias", wait)
 
     def outlive(self, copies: Copies) -> None:
         """Take copies of the weights that a step is about to change."""
-        with self._lock:
+        with LOCK:
             chain = self.chain
             if chain is None or any(w.changed or not gathered.is_there(w.tensor) for w in self._witnesses):
                 return  # read already, or an error to read
@@ -306,7 +337,7 @@ class State:
 
     def detach(self) -> bool:
         """Let the autograd graph of hidden go, unread; False where it was read or views of it keep their gradient."""
-        with self._lock:
+        with LOCK:
             if self.value is not None or self.chain is None or self._derived:
                 return False
             self.chain = replace(self.chain, hidden=self.chain.hidden.detach())
@@ -316,8 +347,20 @@ class State:
 
     def put_off(self, hook: Callable[..., Any]) -> bool:
         """Keep a hook of FSDP's, which asks for no gradient, until the logits or their loss are made; False if too late."""
-        with self._lock:
+        with LOCK:
             if self.unread is None or not gathered.is_gathering(hook):
                 return False
-            self.root.hooks = (*self.root.hooks, hook)
+            for root in self.roots:
+                root.hooks = (*root.hooks, hook)
             return True
+
+
+def _check(witness: Witness, what: str, wait: bool) -> None:
+    if not gathered.is_there(witness.tensor):
+        raise RuntimeError(_LET_GO)
+    stale = _STALE.format(what=what)
+    same = witness.same_entries if not witness.changed else None
+    if same is not None and not wait and same.device.type == "cuda":
+        assert_async(same, stale)
+    elif witness.changed or (same is not None and not same):
+        raise RuntimeError(stale)

@@ -29,10 +29,21 @@ from .._torch import (
 )
 from ..passes.autocast import under
 from .functions import METADATA, Op
-from .state import HeadChain, State
+from .gathered import is_let_go_early
+from .state import LOCK, HeadChain, State
 
 # `(func, args, kwargs) -> result or NotImplemented`, asked in order before the logits are read.
 HANDLERS: list[Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]] = []
+
+
+# Logits of fewer bytes are worth no waiting where they need no gradient.
+_LARGE = 16 << 20
+
+
+def are_large(logits: Tensor) -> bool:
+    """Whether logits, or what stands for them, are lazy without a gradient too. Sizes that are symbols are the example's."""
+    size = logits.numel() * logits.dtype.itemsize
+    return bool((size if isinstance(size, int) else size.node.hint or 0) >= _LARGE)
 
 
 class LazyLogits(Tensor):
@@ -54,11 +65,22 @@ class LazyLogits(Tensor):
         state.requires_grad = state.grad and any(t.requires_grad for t in chain.tensors)
         return _shell(state, chain)
 
+    @classmethod
+    def hand_out(cls, chain: HeadChain, like: Tensor | None = None, *, at_any_size: bool = False) -> Tensor:
+        """Lazy logits for a program; plain ones where they are small and no gradient is kept, as of a token that is generated.
+
+        Weights that will be gone when somebody reads are read while they are there.
+        """
+        lazy = cls.make(chain, like)
+        waits = at_any_size or lazy.requires_grad or are_large(lazy.state.like)
+        return lazy if waits and not any(is_let_go_early(t) for t in chain.tensors) else lazy.materialize()
+
     def derive(self, op: Op, like: Tensor) -> LazyLogits:
         """This tensor after one operation that stays lazy."""
         chain, state = self.state.unread, self.state.then(op, like)
         assert chain is not None
-        differentiable = any(s.requires_grad for s in (self.state, *op.args) if isinstance(s, State))
+        differentiable = any(x.requires_grad for x in tree_iter((op.args, op.kwargs)) if isinstance(x, (State, Tensor)))
+        differentiable &= like.is_floating_point() or like.is_complex()
         # A view made without gradients of a tensor that has one is a leaf with one.
         state.requires_grad = differentiable and not op.detaches and (state.grad or op.is_alias)
         return _shell(state, chain)
@@ -74,17 +96,20 @@ class LazyLogits(Tensor):
         Raises:
             RuntimeError: when hidden, weight or bias changed since the forward.
         """
-        state = self.state
-        given, value = state.given, state.give()
-        if given:
-            return value
-        try:
-            with DisableTorchFunctionSubclass():
-                swap_tensors(self, value)
-        except RuntimeError:  # one of them is held by something else
-            return value
-        state.given_as(self)
-        return self
+        with LOCK:
+            if not isinstance(self, LazyLogits):
+                return self  # another thread was faster
+            state = self.state
+            given, value = state.given, state.give()
+            if given:
+                return value
+            try:
+                with DisableTorchFunctionSubclass():
+                    swap_tensors(self, value)
+            except RuntimeError:  # one of them is held by something else
+                return value
+            state.given_as(self)
+            return self
 
     @classmethod
     @disable_dynamo(recursive=True)
@@ -96,14 +121,15 @@ class LazyLogits(Tensor):
             value = args[0].state.value
             with DisableTorchFunctionSubclass():
                 return func(args[0] if value is None else value, *args[1:], **kwargs)
-        lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
-        for lazy in lazies:
-            _keep_graph(lazy)
-        for handle in HANDLERS:
-            found = handle(func, args, kwargs)
-            if found is not NotImplemented:
-                return found
-        args, kwargs = tree_map(_plain, (args, kwargs))
+        with LOCK:  # no other thread reads them meanwhile
+            lazies = [x for x in tree_iter((args, kwargs)) if isinstance(x, LazyLogits)]
+            for lazy in lazies:
+                _keep_graph(lazy)
+            for handle in HANDLERS:
+                found = handle(func, args, kwargs)
+                if found is not NotImplemented:
+                    return found
+            args, kwargs = tree_map(_plain, (args, kwargs))
         found = func(*args, **kwargs)
         # What is changed in place is returned as the very tensor that was given.
         return next((x for x in lazies if isinstance(x, LazyLogits) and found is x.state.value), found)
@@ -213,7 +239,7 @@ def _shell(state: State, chain: HeadChain) -> LazyLogits:
     if not (state.requires_grad and state.grad):
         return _new(state, device)
     with torch.enable_grad():
-        return _Made.apply(state, device, *chain.tensors)
+        return _Made.apply(state, device, *state.tensors)
 
 
 def _new(state: State, device: torch.device) -> LazyLogits:

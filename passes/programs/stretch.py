@@ -90,6 +90,13 @@ def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], A
     return Stretch(refused=refused)
 
 
+def followed(
+    graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any], node: Node
+) -> Value | None:
+    """A node's value in the stretch that begins at some heads, whatever reads it; None where it is not in it."""
+    return _Reader(graph, heads, found, sizes, pulls=False).reached(node)
+
+
 class _Reader:
     def __init__(self, graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> None:
         self._pulls = pulls
@@ -107,7 +114,11 @@ class _Reader:
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         )
 
-    def read(self) -> Stretch:
+    def reached(self, node: Node) -> Value | None:
+        self._follow()
+        return self._recorder.value(self._inside[node]) if isinstance(self._inside.get(node), Tensor) else None
+
+    def _follow(self) -> None:
         for node in self._graph.nodes:
             if node.op == "output":
                 continue
@@ -115,6 +126,9 @@ class _Reader:
                 self._begin(node, self._heads[node], {node})
             elif any(n in self._inside for n in node.all_input_nodes):
                 self._step(node)
+
+    def read(self) -> Stretch:
+        self._follow()
         self._find_exits()
         self._found.inside = list(self._inside)
         return self._found
@@ -333,7 +347,7 @@ def _spelling(node: Node) -> str:
 def numbers(graph: Graph, first: int) -> Callable[[Any], Any]:
     """A number for each symbol of a graph's sizes, primes from `first` on, so that sizes differ unless they are the same."""
     given: dict[sympy.Symbol, int] = {}
-    primes = _primes(first)
+    following = primes(first)
 
     def size(value: Any) -> Any:
         if not isinstance(value, torch.SymInt):
@@ -341,13 +355,14 @@ def numbers(graph: Graph, first: int) -> Callable[[Any], Any]:
         expression = value.node.expr
         for symbol in sorted(expression.free_symbols, key=str):
             if symbol not in given:
-                given[symbol] = next(primes)
+                given[symbol] = next(following)
         return int(expression.subs(given))
 
     return size
 
 
-def _primes(first: int) -> Iterator[int]:
+def primes(first: int) -> Iterator[int]:
+    """The primes above a number."""
     number = first
     while True:
         number = int(sympy.nextprime(number))

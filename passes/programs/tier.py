@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import sympy
 from torch import Tensor
@@ -23,10 +23,10 @@ from ..rewriter import logits_use
 from ..sharded import is_sharded
 from ..trace import Trace
 from ..values import LogitsView, source_line, value_of
-from .axes import NotByRows
+from .axes import NotByRows, resolved, rows_in
 from .emit import Emitted, emit
 from .linear import make_gradients_in_forward
-from .stretch import Exit, Stretch, numbers, stretch_of
+from .stretch import Exit, Stretch, followed, numbers, stretch_of
 from .write import erase, write
 
 _log = logging.getLogger("cce_fx")
@@ -99,6 +99,23 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple
     gm.graph.lint()
     gm.recompile()
     return done, {*stretch.inside, *(e.node for e in stretch.exits)}
+
+
+def rows_of(gm: GraphModule, found: Trace, policy: Policy, node: Node) -> Literal["in order", "moved"] | None:
+    """Whether a node's value is made of each row of a graph's logits by itself, so that a row program could begin with it.
+
+    "in order" where the dimensions of its rows are those of the logits, and one more, without rows, comes after them.
+    """
+    heads = {n: view for n, view in found.heads.items() if _is_head(n, view, policy, found)}
+    value = followed(gm.graph, heads, found, numbers(gm.graph, _FIRST[0]), node) if heads else None
+    if value is None:
+        return None
+    try:
+        rows = emit([value]).row_dims
+    except NotByRows:
+        return None
+    dims = [resolved(dim) for dim in value.dims]
+    return "in order" if tuple(dims[:-1]) == rows and not rows_in(dims[-1]) else "moved"
 
 
 # Logits below this many bytes are left to the inner backend, which fuses them: blocks of a few rows cost more than they save.

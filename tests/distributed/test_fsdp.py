@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+import cce_fx
 from benchmarks import measure
 from cce_fx import LazyLogits
 
@@ -114,6 +115,61 @@ def head_in_a_group_of_its_own(reshard: bool, inside: bool) -> int:
     assert_same(gradients(model), averaged(lambda one: one(x, y)[0]))
     torch.testing.assert_close(loss, Both()(x, y)[0])
     return max(changes)
+
+
+def blocks_compiled_one_by_one(backend: str) -> tuple[int, bool]:
+    """As torchtitan has it: every block a graph and a group of its own, norm and head one, the loss a compiled function.
+
+    Returns bytes of a second step's largest tensor, and whether the logits were lazy.
+    """
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(2))
+            self.norm, self.head = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, CLASSES, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = block(x)
+            return self.head(self.norm(x))
+
+    def loss_of(logits: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
+
+    torch._dynamo.reset()
+    model, one, (x, y) = Blocks(), Blocks(), rows()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+        fully_shard(block)
+    fully_shard([model.norm, model.head], reshard_after_forward=False)
+    fully_shard(model)
+    cce_fx.lazy_head(model.head)
+    options: dict[str, Any] = {"options": {"inner": "aot_eager"}} if backend == "cce" else {}
+    compiled_loss = torch.compile(loss_of, backend=backend, **options)
+
+    def once() -> bool:
+        model.zero_grad()
+        logits = model(x)
+        lazy = isinstance(logits, LazyLogits)
+        compiled_loss(logits, y).backward()
+        return lazy and isinstance(logits, LazyLogits) and logits.chain is not None
+
+    once()
+    lazy, changes = measure.allocations(once)
+    loss_of(one(x), y).backward()
+    for p in one.parameters():
+        dist.all_reduce(p.grad)
+        p.grad /= dist.get_world_size()
+    assert_same(gradients(model), gradients(one))
+    return max(changes), lazy
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "cce"])
+def test_blocks_compiled_one_by_one_with_a_lazy_head(two: Workers, backend: str) -> None:
+    for held, lazy in two.run(blocks_compiled_one_by_one, backend):
+        assert lazy and held < LOGITS // 2
 
 
 def logits_of_a_step(optimizer: Any) -> None:
