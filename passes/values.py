@@ -175,7 +175,7 @@ class LogitsView:
     weight: Operand  # (V, D)
     bias: Operand | None  # (V,)
     dtype: torch.dtype  # in which the program multiplies
-    hidden_size: int  # D
+    hidden_size: Any  # D, an int or a SymInt
     class_dim: int
     shape: tuple[Any, ...]
     epilogue: Epilogue = field(default_factory=Epilogue)
@@ -290,9 +290,20 @@ def output_of(graph: Graph) -> Node:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for certain, without a guard."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return bool(statically_known_true(a == b))
+    return known(a == b)
+
+
+def known(condition: Any) -> bool:
+    """Whether a condition on sizes holds for certain, without a guard."""
+    return condition if isinstance(condition, bool) else bool(statically_known_true(condition))
+
+
+def example_size(size: Any) -> int:
+    """A size, that of the example where it is a symbol, or 0 where not even the example has one.
+
+    To ask what is worth it, and not what is right: no guard comes of it.
+    """
+    return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
 def source_line(node: Node) -> str:

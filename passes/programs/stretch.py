@@ -7,11 +7,10 @@ it, the node stays in the graph, and what it reads of the stretch has to come ou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
@@ -328,27 +327,3 @@ class _Reader:
 def _spelling(node: Node) -> str:
     name = canonical(node)
     return name if isinstance(name, str) else getattr(name, "__name__", str(name))
-
-
-def numbers(graph: Graph, first: int) -> Callable[[Any], Any]:
-    """A number for each symbol of a graph's sizes, primes from `first` on, so that sizes differ unless they are the same."""
-    given: dict[sympy.Symbol, int] = {}
-    primes = _primes(first)
-
-    def size(value: Any) -> Any:
-        if not isinstance(value, torch.SymInt):
-            return value
-        expression = value.node.expr
-        for symbol in sorted(expression.free_symbols, key=str):
-            if symbol not in given:
-                given[symbol] = next(primes)
-        return int(expression.subs(given))
-
-    return size
-
-
-def _primes(first: int) -> Iterator[int]:
-    number = first
-    while True:
-        number = int(sympy.nextprime(number))
-        yield number

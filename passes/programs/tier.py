@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 import sympy
 from torch import Tensor
@@ -16,21 +15,21 @@ from ..canonical import canonical
 from ..decide import illegal_head, least_classes, row_count
 from ..fakes import WouldGuard
 from ..faults import Undo
-from ..memory import N
+from ..memory import N, V
 from ..policy import Policy
 from ..report import Rewritten
 from ..rewriter import logits_use
 from ..sharded import is_sharded
 from ..trace import Trace
-from ..values import LogitsView, source_line, value_of
+from ..values import LogitsView, example_size, source_line, value_of
 from .axes import NotByRows
-from .emit import Emitted, emit
+from .emit import Emitted
 from .linear import make_gradients_in_forward
-from .stretch import Exit, Stretch, numbers, stretch_of
+from .sizes import Numbers
+from .stretch import Exit, stretch_of
 from .write import erase, write
 
 _log = logging.getLogger("cce_fx")
-_FIRST = (10_007, 20_011)  # sizes that are symbols are primes from these on, one after the other
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Cut:
         rows, (width, classes) = row_count(view), (view.hidden_size, view.classes)
         numbers = [size if isinstance(size, int) else None for size in (rows, width, classes)]
         anchor = self.exits[-1].first or self.exits[-1].node
-        each = sum(v.classes * v.dtype.itemsize for v in self.heads.values() if isinstance(v.classes, int))
+        each = sum((v.classes if isinstance(v.classes, int) else V) * v.dtype.itemsize for v in self.heads.values())
         saved = 3 * each * N
         needed = 4 * each * sympy.Min(128, N)
         return Rewritten(
@@ -59,7 +58,7 @@ class Cut:
             sources=(source_line(node), source_line(anchor)),
             tier="rows",
             strategy="grads_in_forward" if self.grads_in_forward else "recompute",
-            bytes_saved=None if numbers[0] is None else int(saved.subs(N, numbers[0])),
+            bytes_saved=None if None in (numbers[0], numbers[2]) else int(saved.subs({N: numbers[0], V: numbers[2]})),
             bytes_saved_expr=str(saved),
             bytes_needed_expr=str(needed),
             rows=numbers[0],
@@ -75,16 +74,16 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple
     Returns what was written, and the nodes that are gone with it.
     """
     heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
-    stretch = stretch_of(gm.graph, heads, found, numbers(gm.graph, _FIRST[0]))
+    numbers = Numbers(reading=0)
+    stretch = stretch_of(gm.graph, heads, found, numbers)
     for node, why in stretch.refused.items():
         _log.debug("not in a row program: %s, %s", node.name, why)
     if not stretch.exits:
         return [], set()
     try:
-        if _has_symbols(stretch):
-            _check_sizes(gm, heads, found, stretch)
+        other = stretch_of(gm.graph, heads, found, Numbers(reading=1)) if numbers.given else None
         undo.remember()
-        groups = write(gm, stretch, policy)
+        groups = write(gm, stretch, policy, other)
     except (NotByRows, WouldGuard) as refusal:
         _log.debug("no row program: %s", refusal)
         return [], set()
@@ -115,10 +114,10 @@ def _is_head(node: Node, view: LogitsView, policy: Policy, found: Trace) -> bool
     divided = any(is_sharded(value_of(n)) for operand in view.operands for n in (*operand.nodes, node))
     if divided or illegal_head(view) is not None:
         return False
-    classes, width = view.classes, view.hidden_size
-    if not isinstance(classes, int) or not isinstance(width, int) or classes < least_classes(view, policy):
+    classes, width = example_size(view.classes), example_size(view.hidden_size)
+    if classes < least_classes(view, policy):
         return False
-    size = _hint(row_count(view)) * classes * value_of(node).dtype.itemsize
+    size = example_size(row_count(view)) * classes * value_of(node).dtype.itemsize
     if policy.min_vocab is None and size < _SMALLEST:
         return False
     return classes > _WIDER * width or not _is_layer(node, found)
@@ -129,7 +128,7 @@ def _is_layer(head: Node, found: Trace) -> bool:
 
     A cheap look at sizes, so that the layers of a model are not read as programs.
     """
-    large = _hint(found.heads[head].classes) * _hint(row_count(found.heads[head])) // 4
+    large = example_size(found.heads[head].classes) * example_size(row_count(found.heads[head])) // 4
     seen, stack = {head}, [head]
     while stack:
         for user in stack.pop().users:
@@ -139,23 +138,6 @@ def _is_layer(head: Node, found: Trace) -> bool:
             if canonical(user) in _LAYERS:
                 return True
             seen.add(user)
-            if _hint(value.numel()) >= large:
+            if example_size(value.numel()) >= large:
                 stack.append(user)
     return False
-
-
-def _hint(size: Any) -> int:
-    """A size, or that of the example."""
-    return size if isinstance(size, int) else int(size.node.hint or 0)
-
-
-def _has_symbols(stretch: Stretch) -> bool:
-    return any(not isinstance(s, int) for view in stretch.heads.values() for s in view.shape)
-
-
-def _check_sizes(gm: GraphModule, heads: dict[Node, LogitsView], found: Trace, stretch: Stretch) -> None:
-    """Raise NotByRows where the program depends on sizes that are symbols: two choices of them give two programs."""
-    other = stretch_of(gm.graph, heads, found, numbers(gm.graph, _FIRST[1]))
-    for one, two in zip(stretch.exits, other.exits, strict=True):
-        if emit([one.value]).program != emit([two.value]).program:
-            raise NotByRows("the program depends on a size that is not fixed")

@@ -209,7 +209,7 @@ def _is_class_bias(view: LogitsView, other: Any, dtype: torch.dtype | None = Non
     shape = [1] * (len(view.shape) - value.dim()) + list(value.shape)
     if value.dim() > len(view.shape) or value.dim() < from_right:
         return False
-    return all(size == (view.classes if dim == view.class_dim else 1) for dim, size in enumerate(shape))
+    return all(same(size, view.classes if dim == view.class_dim else 1) for dim, size in enumerate(shape))
 
 
 @rule("log_softmax")

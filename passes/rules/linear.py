@@ -13,7 +13,8 @@ from ..._torch import is_concrete_int
 from ..autocast import autocast_at
 from ..canonical import canonical
 from ..registry import Call, Outcome, is_constant, rule
-from ..values import Decline, LogitsView, Operand, Reason, value_of
+from ..sharded import is_sharded
+from ..values import Decline, LogitsView, Operand, Reason, known, same, value_of
 
 
 def _plain(*nodes: Any, dims: tuple[int | None, ...]) -> bool:
@@ -37,24 +38,25 @@ def _head(
     if result.device.type == "meta":  # nothing to save, and no kernel to be had
         return None
     size = value_of(hidden).shape[-1] if size is None else size
-    if not is_concrete_int(size) or not is_concrete_int(result.shape[class_dim]):
-        return Decline(Reason.DYNAMIC, call.node)
-    shape = tuple(int(n) if is_concrete_int(n) else n for n in result.shape)
-    if not shape[class_dim]:
+    size, *shape = (int(n) if is_concrete_int(n) else n for n in (size, *result.shape))
+    classes = shape[class_dim]
+    if isinstance(classes, int) and not classes:
         return None
+    if not known(classes >= 1) or (is_sharded(result) and not all(isinstance(n, int) for n in (size, classes))):
+        return Decline(Reason.DYNAMIC, call.node, f"hidden size {size}, {classes} classes")
     if not _multiplies(
         call.node, result.dtype, {value_of(n).dtype for n in (hidden, weight.node, bias) if n is not None}
     ):
         return None
     return LogitsView(
         linear=call.node,
-        hidden_size=int(size),
+        hidden_size=size,
         hidden=Operand(hidden),
         weight=weight,
         bias=None if bias is None else Operand(bias),
         dtype=result.dtype,
         class_dim=class_dim % result.dim(),
-        shape=shape,
+        shape=tuple(shape),
         path=(call.node,),
     )
 
@@ -113,7 +115,7 @@ def addmm(call: Call) -> Outcome:
     scales = (call.node.kwargs.get("beta", 1), call.node.kwargs.get("alpha", 1))
     if not all(is_constant(s) and s == 1 for s in scales):
         return None
-    if value_of(bias).shape[0] != value_of(weight).shape[1]:
+    if not same(value_of(bias).shape[0], value_of(weight).shape[1]):
         return None
     return _head(call, hidden, transposed(weight), bias)
 

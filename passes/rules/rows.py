@@ -85,10 +85,18 @@ def reshape(call: Call) -> Outcome:
     dim = _class_dim_after(view, shape)
     if dim is None:
         return call.decline(Reason.CLASS_MIXED, f"{tuple(view.shape)} becomes {shape}")
-    sizes = _sizes(call, shape, dim, view.hidden_size)
+    fixed = isinstance(view.hidden_size, int)
+    sizes = _sizes(call, shape, dim, view.hidden_size if fixed else 1)
     if sizes is None:
         return call.decline(Reason.NO_RULE, "a reshape to several symbolic sizes")
-    return view.rows(call.node, "reshape", torch.reshape, sizes, class_dim=dim)
+    if fixed:
+        return view.rows(call.node, "reshape", torch.reshape, sizes, class_dim=dim)
+    return view.rows(call.node, "reshape", _reshaped, sizes, dim, view.class_dim, class_dim=dim)
+
+
+def _reshaped(hidden: Any, sizes: tuple[Any, ...], dim: int, hidden_dim: int) -> Any:
+    """A hidden state with other rows: its D, at `hidden_dim`, comes to `dim`."""
+    return torch.reshape(hidden, (*sizes[:dim], hidden.size(hidden_dim), *sizes[dim + 1 :]))
 
 
 def _sizes(call: Call, shape: tuple[Any, ...], dim: int, hidden_size: int) -> tuple[Any, ...] | None:
