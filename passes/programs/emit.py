@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from ...functional import Output, RowProgram
 from ..values import Operand
-from .axes import Axis, Dim, NotByRows, distinct, is_row, others_in, resolved, rows_in, size_of
+from .axes import Axis, Dim, NotByRows, RowsMixed, distinct, is_row, others_in, resolved, rows_in, size_of
 from .record import Aligned, At, Chosen, Head, Leaf, Made, Order, Places, Product, Shape, Value
 
 
@@ -86,7 +86,7 @@ def emit(outputs: Sequence[Value]) -> Emitted:
     known = {id(axis) for axis in rows}
     for value in order:
         if not distinct(value.dims):
-            raise NotByRows("rows lie along two dimensions of one tensor")
+            raise RowsMixed("rows lie along two dimensions of one tensor")
         if any(id(axis) not in known for axis in row_axes(value.dims)):
             raise NotByRows("heads with different rows")
     if any(row_axes(v.dims) != list(rows) for v in heads):

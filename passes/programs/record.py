@@ -27,7 +27,7 @@ from ..._torch import (
     tree_map_only,
 )
 from ..values import Operand
-from .axes import Dim, NotByRows, distinct
+from .axes import Dim, NotByRows, RowsMixed, distinct
 
 
 @dataclass(frozen=True, eq=False)
@@ -145,7 +145,7 @@ class Recorder(TorchDispatchMode):
     def enter(self, fake: Tensor, value: Value) -> Tensor:
         """Make a tensor known."""
         if not distinct(value.dims):
-            raise NotByRows("rows lie along two dimensions of one tensor")
+            raise RowsMixed("rows lie along two dimensions of one tensor")
         self._values[id(fake)] = value
         self._kept.append(fake)
         self._memory.setdefault(_memory_of(fake), []).append(id(fake))

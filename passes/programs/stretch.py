@@ -7,7 +7,9 @@ it, the node stays in the graph, and what it reads of the stretch has to come ou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +17,13 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..._torch import HigherOrderOperator, tree_leaves, tree_map
+from ..._torch import FakeTensorMode, HigherOrderOperator, tree_leaves, tree_map
 from ..autocast import autocast_at, under
 from ..canonical import canonical, mutated_arguments
 from ..rewriter import after_product
 from ..trace import Trace
-from ..values import Form, LogitsView, value_of
-from .axes import Axis, Dim, NotByRows, fresh, rows_in
+from ..values import Form, LogitsView, constant, value_of
+from .axes import Axis, Dim, NotByRows, RowsMixed, fresh, rows_in
 from .emit import row_axes, row_shape
 from .operations import RULES, is_pointwise
 from .record import Head, Leaf, Recorder, Value
@@ -47,6 +49,9 @@ class Stretch:
     pulled: list[Node] = field(default_factory=list)  # nodes beside it that it makes for itself, of less than logits
     exits: list[Exit] = field(default_factory=list)
     refused: dict[Node, str] = field(default_factory=dict)  # why a node that reads a stretch is not in it
+    mixed: dict[Node, set[Node]] = field(
+        default_factory=dict
+    )  # heads that were left out, by the node that mixes their rows
 
 
 class _Large(Exception):
@@ -66,27 +71,41 @@ def stretch_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes:
         found: what else the graph holds: views whose rows were moved, and nodes under transforms.
         sizes: a number for a size that is a symbol.
     """
-    best = _stretch_of(graph, heads, found, sizes, pulls=True)
-    if len(best.heads) < len(heads):
-        # What is made for each row anew may be what does not fit.
-        other = _stretch_of(graph, heads, found, sizes, pulls=False)
-        best = other if len(other.heads) > len(best.heads) else best
-    return best
+    with _quiet():
+        best = _stretch_of(graph, heads, found, sizes, pulls=True)
+        if len(best.heads) < len(heads):
+            # What is made for each row anew may be what does not fit.
+            other = _stretch_of(graph, heads, found, sizes, pulls=False)
+            best = other if len(other.heads) > len(best.heads) else best
+        return best
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs what fails on fake tensors as errors; here it is how an operation says that it does not fit."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> Stretch:
-    left, refused = dict(heads), {}
+    left, refused, mixed = dict(heads), {}, {}
     while left:
         reader = _Reader(graph, left, trace, sizes, pulls)
         try:
             found = reader.read()
         except _Large as large:
             refused[large.node] = str(large)
+            if large.node in reader.mixing:
+                mixed[large.node] = large.heads
             left = {node: view for node, view in left.items() if node not in large.heads}
             continue
-        found.refused = refused | found.refused
+        found.refused, found.mixed = refused | found.refused, mixed
         return found
-    return Stretch(refused=refused)
+    return Stretch(refused=refused, mixed=mixed)
 
 
 class _Reader:
@@ -98,9 +117,11 @@ class _Reader:
         self._views, self._transformed = trace.views, trace.transformed
         self._recorder = Recorder(RULES, is_pointwise)
         self._values: dict[Node, Any] = {}  # of nodes outside, with fakes of our own
+        self._numbers: dict[Node, Tensor] = {}  # that are symbols
         self._inside: dict[Node, Any] = {}
         self._from: dict[Node, set[Node]] = {}  # the heads, as the caller named them, that a node's value is made of
         self._found = Stretch()
+        self.mixing: set[Node] = set()  # nodes that mix rows
         self._splits: dict[Node, tuple[Split, Tensor]] = {}
         self._casts = any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in graph.nodes) or (
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
@@ -148,9 +169,24 @@ class _Reader:
     def _argument(self, node: Node) -> Any:
         if node in self._inside:
             return self._inside[node]
-        if node not in self._values and not self._pulled(node):
-            self._values[node] = tree_map(lambda v: self._outside(node, v), value_of(node))
+        if node not in self._values:
+            if isinstance(value_of(node), torch.SymFloat):
+                self._values[node] = self._number(node)
+            elif not self._pulled(node):
+                self._values[node] = tree_map(lambda v: self._outside(node, v), value_of(node))
         return self._values[node]
+
+    def _number(self, node: Node) -> Any:
+        """A number of the program's that is a symbol, as a tensor of no dimensions; one that is fixed as itself."""
+        number = constant(node)
+        if not isinstance(number, Node):
+            return number
+        if node not in self._numbers:
+            dtype = torch.float64 if isinstance(value_of(node), torch.SymFloat) else torch.int64
+            with self._recorder.fake_mode:
+                fake = torch.empty((), dtype=dtype)
+            self._numbers[node] = self._recorder.enter(fake, Value([], dtype, Leaf(node)))
+        return self._numbers[node]
 
     def _pulled(self, node: Node) -> bool:
         """Whether a tensor of the size of logits that the graph makes of less is made within the stretch, row by row."""
@@ -192,7 +228,7 @@ class _Reader:
                 fake = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
             dims = [fresh(size) for size in shape]
             return self._recorder.enter(fake, Value(dims, value.dtype, Leaf(node), grad=value.requires_grad))
-        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        if isinstance(value, torch.SymBool):
             raise NotByRows("a number that is not known")
         return self._sizes(value)
 
@@ -205,6 +241,8 @@ class _Reader:
             if self._moved(node) or self._divided(node):
                 return
             self._found.refused[node] = f"`{_spelling(node)}`: {refusal}"
+            if isinstance(refusal, RowsMixed):
+                self.mixing.add(node)
         except Exception as error:  # of torch's, for sizes or an operation that it has no fake of
             self._found.refused[node] = f"`{_spelling(node)}`: {type(error).__name__}: {error}".splitlines()[0]
 
@@ -223,10 +261,13 @@ class _Reader:
             raise NotByRows("a transform of torch.func is active")
         if isinstance(node.target, HigherOrderOperator):
             raise NotByRows("an operation with a graph, or a gradient, of its own")
-        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), self._argument)
+        given = self._number_or_argument if canonical(node) in _ARITHMETIC else self._argument
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), given)
         target: Any = node.target
         if node.op == "call_method":
             target = getattr(type(args[0]), str(node.target))
+        if any(isinstance(value_of(n), torch.SymFloat) for n in node.all_input_nodes):
+            target = _of_numbers(node, target)
         if not self._casts:
             return target, args, kwargs
         at = next((n for n in (node, *node.all_input_nodes) if isinstance(value_of(n), Tensor)), None)
@@ -238,6 +279,9 @@ class _Reader:
                 return target(*args, **kwargs)
 
         return cast, args, kwargs
+
+    def _number_or_argument(self, node: Node) -> Any:
+        return self._number(node) if isinstance(value_of(node), torch.SymInt) else self._argument(node)
 
     def _keep(self, node: Node, out: Any, example: Any) -> None:
         made, known = tree_leaves(out), tree_leaves(example)
@@ -322,6 +366,32 @@ class _Reader:
 
     def _written(self, node: Node, outside: list[Node]) -> bool:
         return any(node in mutated_arguments(u) for u in outside)
+
+
+# Operations whose numbers are no sizes.
+_ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow")
+
+
+def _of_numbers(node: Node, target: Callable[..., Any]) -> Callable[..., Any]:
+    """A node's function for numbers that are tensors of no dimensions, which it would round to its own dtype."""
+    dtype = value_of(node).dtype if isinstance(value_of(node), Tensor) else None
+    fills = _spelling(node) in ("full", "full_like", "new_full")
+    low = dtype is not None and dtype.is_floating_point and dtype.itemsize < 4
+    if low and mutated_arguments(node):
+        raise NotByRows("a number that is not fixed, and half precision in place")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if fills:
+            number = kwargs.pop("fill_value", args[-1])
+            return target(*args[: len(args) - (number is args[-1])], 0.0, **kwargs).fill_(number)
+        if not low:
+            return target(*args, **kwargs)
+        args, kwargs = tree_map(
+            lambda t: t.float() if isinstance(t, Tensor) and t.dtype == dtype else t, (args, kwargs)
+        )
+        return target(*args, **kwargs).to(dtype)
+
+    return call
 
 
 def _spelling(node: Node) -> str:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 from torch import Tensor
@@ -21,8 +21,8 @@ from ..report import Rewritten
 from ..rewriter import logits_use
 from ..sharded import is_sharded
 from ..trace import Trace
-from ..values import LogitsView, example_size, source_line, value_of
-from .axes import NotByRows
+from ..values import Decline, LogitsView, Reason, example_size, source_line, value_of
+from .axes import NotByRows, RowsMixed
 from .emit import Emitted
 from .linear import make_gradients_in_forward
 from .sizes import Numbers
@@ -68,36 +68,71 @@ class Cut:
         )
 
 
-def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple[list[Cut], set[Node]]:
-    """Write row programs for the heads of a graph whose logits are still used, in place.
+@dataclass
+class RowPrograms:
+    """What became of the heads that no kernel took."""
 
-    Returns what was written, and the nodes that are gone with it.
-    """
+    cuts: list[Cut] = field(default_factory=list)
+    within: set[Node] = field(default_factory=set)  # nodes that are gone with what was cut
+    mixed: list[Decline] = field(default_factory=list)
+
+    def declines(self, before: list[Decline]) -> list[Decline]:
+        """The losses that stay as they are, of those that the first tier declined, each with the better reason of both."""
+        left = [d for d in before if d.node not in self.within]
+        for decline in self.mixed:
+            same = [d for d in left if _reads(d.node, decline.node) or _reads(decline.node, d.node)]
+            if all(d.reason in _VAGUE for d in same):
+                left = [*(d for d in left if d not in same), decline]
+        return left
+
+
+# Reasons that say no more than that an operation is none of the kernels'.
+_VAGUE = (Reason.NO_RULE, Reason.NO_LINEAR, Reason.USED)
+
+
+def _reads(node: Node, other: Node) -> bool:
+    """Whether a node is made of another, or is it."""
+    seen, stack = set(), [node]
+    while stack:
+        at = stack.pop()
+        if at is other:
+            return True
+        if at not in seen:
+            seen.add(at)
+            stack += at.all_input_nodes
+    return False
+
+
+def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPrograms:
+    """Write row programs for the heads of a graph whose logits are still used, in place."""
     heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
     numbers = Numbers(reading=0)
     stretch = stretch_of(gm.graph, heads, found, numbers)
     for node, why in stretch.refused.items():
         _log.debug("not in a row program: %s, %s", node.name, why)
+    outcome = RowPrograms(mixed=[Decline(Reason.ROWS_MIXED, n, stretch.refused[n]) for n in stretch.mixed])
     if not stretch.exits:
-        return [], set()
+        return outcome
     try:
         other = stretch_of(gm.graph, heads, found, Numbers(reading=1)) if numbers.given else None
         undo.remember()
         groups = write(gm, stretch, policy, other)
     except (NotByRows, WouldGuard) as refusal:
         _log.debug("no row program: %s", refusal)
-        return [], set()
+        if isinstance(refusal, RowsMixed):
+            outcome.mixed.append(Decline(Reason.ROWS_MIXED, stretch.exits[0].node, str(refusal)))
+        return outcome
     erase(gm, stretch)
-    done = []
     for emitted, exits, call in groups:
         dtype = stretch.heads[emitted.heads[0]].dtype
         early = makes_grads_in_forward(policy.strategy, "mean", dtype)
         early = early and make_gradients_in_forward(gm, call)
         used = {h: stretch.heads[h] for h in emitted.heads}
-        done.append(Cut(emitted, tuple(exits), used, early))
+        outcome.cuts.append(Cut(emitted, tuple(exits), used, early))
     gm.graph.lint()
     gm.recompile()
-    return done, {*stretch.inside, *(e.node for e in stretch.exits)}
+    outcome.within = {*stretch.inside, *(e.node for e in stretch.exits)}
+    return outcome
 
 
 # Logits below this many bytes are left to the inner backend, which fuses them: blocks of a few rows cost more than they save.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
 
 from ...functional import run_rows
@@ -188,9 +189,20 @@ def _write_group(
 
 def _proxy(builder: Builder, given: Node | Operand, stretch: Stretch) -> Any:
     if isinstance(given, Node):
-        return builder.proxy(given)
+        return builder.proxy(given) if isinstance(value_of(given), Tensor) else _number(builder, given)
     view = next(v for v in stretch.heads.values() if v.bias == given)
     return builder.operand(given, view.dtype)
+
+
+def _number(builder: Builder, given: Node) -> Any:
+    """A number that is a symbol as a tensor of no dimensions.
+
+    By a product: torch.compile makes tensors of symbols in arithmetic, and compiles again for each value of any other.
+    """
+    if isinstance(value_of(given), torch.SymInt):
+        return builder.proxy(builder.graph.call_function(torch.scalar_tensor, (given,), {"dtype": torch.int64}))
+    one = builder.graph.call_function(torch.ones, ((),), {"dtype": torch.float64})
+    return builder.proxy(one) * builder.proxy(given)
 
 
 class _Rows:

@@ -50,8 +50,12 @@ def gather(call: Call) -> Outcome:
     if not _is_class_dim(view, first):
         return call.decline(Reason.CLASS_DIM, "gather over another dimension")
     wanted = [1 if d == view.class_dim else size for d, size in enumerate(view.shape)]
-    if len(index.shape) != len(wanted) or not all(same(a, b) for a, b in zip(index.shape, wanted)):
+    fits = len(index.shape) == len(wanted) and same(index.shape[view.class_dim], 1)
+    fewer = [d for d, size in enumerate(wanted) if fits and not same(index.shape[d], size)]
+    if not fits or (fewer and (canonical(call.node) == "take_along_dim" or view.form is Form.SHIFTED)):
         return call.decline(Reason.TARGET, f"an index of shape {tuple(index.shape)}: not one class for each row")
+    if fewer:
+        view = view.first_rows(dict.fromkeys(fewer, second))
     return _found(call, view, _PICKED[view.form], second, keepdim=True)
 
 
