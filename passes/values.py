@@ -236,6 +236,17 @@ class LogitsView:
             shape=tuple(value_of(node).shape),
         ).at(node)
 
+    def facing(self, dim: int) -> LogitsView | None:
+        """This view with its classes along `dim`: itself, or of a product without bias the other way round, whose classes are
+        the rows of this one. None where it cannot be turned."""
+        if dim % len(self.shape) == self.class_dim:
+            return self
+        if len(self.shape) != 2 or self.bias is not None or self.form is not Form.LOGITS:
+            return None
+        rows = self.hidden if self.class_dim == 1 else self.hidden.then("t", torch.t)
+        hidden = self.weight if self.class_dim == 0 else self.weight.then("t", torch.t)
+        return replace(self, hidden=hidden, weight=rows, class_dim=1 - self.class_dim)
+
     def first_rows(self, given: dict[int, Node]) -> LogitsView:
         """This view of as many first rows, along some dimensions, as a tensor has there."""
         view = self

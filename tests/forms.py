@@ -163,6 +163,10 @@ FORMS = [
          "CLASS_DIM", "time stands where the vocabulary should"),
     Form("chain", "log_softmax over another dimension",
          "return F.nll_loss(F.linear(h, W).log_softmax(1).flatten(0, 1), y.flatten())", "CLASS_DIM", "time is normalised, not the vocabulary"),
+    Form("chain", "statistics over rows", "z = F.linear(h, W).flatten(0, 1)\nreturn ((z - z.mean(0)) / z.std(0)).square().sum(-1).mean()",
+         "ROWS_MIXED", "each row's value depends on all others"),
+    Form("chain", "rows times rows", "z = F.linear(h, W).flatten(0, 1)\nreturn (z @ z.T).logsumexp(-1).mean()",
+         "ROWS_MIXED", "each row is multiplied with all others"),
     Form("chain", "vocabulary reshaped away", "z = F.linear(h, W[:40]).reshape(-1, 20)\nreturn F.cross_entropy(z, torch.zeros(z.size(0), dtype=torch.long, device=h.device))",
          "rows"),
 ]  # fmt: skip

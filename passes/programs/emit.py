@@ -14,7 +14,7 @@ from torch.fx import Node
 from ...functional import Output, RowProgram
 from ..values import Operand
 from .axes import Axis, Dim, NotByRows, RowsMixed, distinct, is_row, others_in, resolved, rows_in, size_of
-from .record import Aligned, At, Chosen, Head, Leaf, Made, Order, Places, Product, Shape, Value
+from .record import Aligned, At, Chosen, Head, Leaf, Made, Order, Places, Product, Shape, Turned, Value
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Emitted:
 
     rows: tuple[Axis, ...]  # the row axes, outermost first
     row_dims: tuple[Dim, ...]  # of a head's logits without their classes
-    heads: list[Node] = field(default_factory=list)
+    heads: list[Node | Turned] = field(default_factory=list)
     row_inputs: list[RowInput] = field(default_factory=list)
     shared: list[Node | Operand] = field(default_factory=list)
     flows: set[Any] = field(default_factory=set)  # those of the heads and inputs to which a gradient flows

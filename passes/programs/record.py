@@ -30,11 +30,18 @@ from ..values import Operand
 from .axes import Dim, NotByRows, RowsMixed, distinct
 
 
+@dataclass(frozen=True)
+class Turned:
+    """A head whose rows are the classes of a product, and its classes the rows."""
+
+    node: Node
+
+
 @dataclass(frozen=True, eq=False)
 class Head:
     """The product of a head: one of the program's inputs, made for some rows at a time."""
 
-    node: Node
+    node: Node | Turned
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,13 +20,14 @@ from torch.fx import Graph, Node
 from ..._torch import FakeTensorMode, HigherOrderOperator, tree_leaves, tree_map
 from ..autocast import autocast_at, under
 from ..canonical import canonical, mutated_arguments
+from ..decide import row_count
 from ..rewriter import after_product
 from ..trace import Trace
 from ..values import Form, LogitsView, constant, value_of
 from .axes import Axis, Dim, NotByRows, RowsMixed, fresh, rows_in
 from .emit import row_axes, row_shape
 from .operations import RULES, is_pointwise
-from .record import Head, Leaf, Recorder, Value
+from .record import Head, Leaf, Recorder, Turned, Value
 from .split import Split, reduced, split_of
 
 
@@ -44,7 +45,7 @@ class Exit:
 class Stretch:
     """The nodes of a graph that may be row programs."""
 
-    heads: dict[Node, LogitsView] = field(default_factory=dict)
+    heads: dict[Node | Turned, LogitsView] = field(default_factory=dict)
     inside: list[Node] = field(default_factory=list)
     pulled: list[Node] = field(default_factory=list)  # nodes beside it that it makes for itself, of less than logits
     exits: list[Exit] = field(default_factory=list)
@@ -73,10 +74,10 @@ def stretch_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes:
     """
     with _quiet():
         best = _stretch_of(graph, heads, found, sizes, pulls=True)
-        if len(best.heads) < len(heads):
+        if any(node not in best.heads for node in heads):
             # What is made for each row anew may be what does not fit.
             other = _stretch_of(graph, heads, found, sizes, pulls=False)
-            best = other if len(other.heads) > len(best.heads) else best
+            best = max(best, other, key=lambda s: sum(node in s.heads for node in heads))
         return best
 
 
@@ -119,6 +120,8 @@ class _Reader:
         self._values: dict[Node, Any] = {}  # of nodes outside, with fakes of our own
         self._numbers: dict[Node, Tensor] = {}  # that are symbols
         self._inside: dict[Node, Any] = {}
+        self._other_way: dict[Node, Any] = {}  # the same, with products turned
+        self._writes = False  # whether a node writes to memory
         self._from: dict[Node, set[Node]] = {}  # the heads, as the caller named them, that a node's value is made of
         self._found = Stretch()
         self.mixing: set[Node] = set()  # nodes that mix rows
@@ -142,14 +145,19 @@ class _Reader:
     # --- heads and values of the graph
 
     def _begin(self, node: Node, view: LogitsView, heads: set[Node]) -> None:
-        """The logits of a view, from the bare product on."""
+        """The logits of a view, from the bare product on, as the value of a node of the stretch."""
+        self._inside[node] = self._logits(node, view, node)
+        self._from[node] = heads
+
+    def _logits(self, node: Node, view: LogitsView, head: Node | Turned) -> Tensor:
         rows = [self._sizes(s) for s in view.row_shape]
         classes = self._sizes(view.classes)
         dims: list[Dim] = [() if size == 1 else (Axis(size, row=True),) for size in rows]
         device = value_of(node).device
         with self._recorder.fake_mode:
             product = torch.empty(*rows, classes, dtype=view.dtype, device=device)
-        value = Value([*dims, fresh(classes)], view.dtype, Head(node), grad=value_of(node).requires_grad)
+        along: Dim = () if classes == 1 else (Axis(classes, mixed=_spelling(view.linear)),)
+        value = Value([*dims, along], view.dtype, Head(head), grad=value_of(node).requires_grad)
         self._recorder.enter(product, value)
         bias = None
         if view.bias is not None:
@@ -162,9 +170,30 @@ class _Reader:
             z = after_product(view, value_of(node).dtype, z if bias is None else torch.add(z, bias))
             return z if view.class_dim == len(view.shape) - 1 else torch.movedim(z, -1, view.class_dim)
 
-        self._inside[node] = self._recorder.run(logits, (product,), {})
-        self._from[node] = heads
-        self._found.heads[node] = view
+        self._found.heads[head] = view
+        return self._recorder.run(logits, (product,), {})
+
+    def _turned(self, node: Node) -> Any:
+        """The value of a node of the stretch with the rows of its product as classes, and its classes as rows.
+
+        Raises NotByRows where a product on the way cannot be turned, or what is made of it mixes those rows.
+        """
+        if self._writes:
+            raise NotByRows("a product that is turned, and a value that is written to")
+        if node not in self._other_way:
+            view = self._views.get(node) if node in self._inside else None
+            facing = None if view is None or len(view.shape) != 2 else view.facing(1 - view.class_dim)
+            if facing is not None:
+                self._other_way[node] = self._logits(node, facing, Turned(node))
+            elif node in self._heads:
+                raise NotByRows("a product that cannot be turned")
+            elif node in self._inside and self._is_large(node):
+                out = self._recorder.run(*self._call(node, self._turned))
+                self._check(out, value_of(node))
+                self._other_way[node] = out
+            else:
+                return self._argument(node)
+        return self._other_way[node]
 
     def _argument(self, node: Node) -> Any:
         if node in self._inside:
@@ -206,9 +235,8 @@ class _Reader:
         ):
             return False
         try:
-            function, args, kwargs = self._call(node)
             products = self._recorder.products
-            out = self._recorder.run(function, args, kwargs)
+            out = self._recorder.run(*self._call(node, self._argument))
         except Exception:  # left to the graph, which computes it whatever it is
             return False
         if self._recorder.products > products or not isinstance(out, Tensor):
@@ -216,7 +244,8 @@ class _Reader:
         if value.requires_grad != self._recorder.value(out).grad or out.dtype != value.dtype:
             return False
         self._values[node] = out
-        self._found.pulled.append(node)
+        if node not in self._found.pulled:
+            self._found.pulled.append(node)
         return True
 
     def _outside(self, node: Node, value: Any) -> Any:
@@ -247,21 +276,41 @@ class _Reader:
             self._found.refused[node] = f"`{_spelling(node)}`: {type(error).__name__}: {error}".splitlines()[0]
 
     def _run(self, node: Node) -> None:
-        function, args, kwargs = self._call(node)
         products, large = self._recorder.products, any(self._is_large(n) for n in node.all_input_nodes)
-        out = self._recorder.run(function, args, kwargs)
+        out = self._either_way(lambda argument: self._recorder.run(*self._call(node, argument)))
         if self._recorder.products > products and not large:
             raise NotByRows("a product of what has no classes any more")
-        self._keep(node, out, value_of(node))
+        self._check(out, value_of(node))
+        self._inside[node] = out
+        self._writes = self._writes or bool(mutated_arguments(node))
+        self._from[node] = {h for n in node.all_input_nodes for h in self._from.get(n, ())}
 
-    def _call(self, node: Node) -> tuple[Callable[..., Any], Any, Any]:
+    def _either_way(self, run: Callable[[Callable[[Node], Any]], Any]) -> Any:
+        """What a function returns, given what the arguments are.
+
+        What mixes rows may be what treats each class by itself, or reads what was taken for rows or for classes before.
+        """
+        try:
+            return run(self._argument)
+        except RowsMixed:
+            before, self._values = self._values, {}
+            for argument in (self._argument, self._turned):
+                with contextlib.suppress(NotByRows):
+                    return run(argument)
+            self._values = before
+            raise
+
+    def _call(self, node: Node, argument: Callable[[Node], Any]) -> tuple[Callable[..., Any], Any, Any]:
         if node.op not in ("call_function", "call_method"):
             raise NotByRows(f"a node of kind {node.op}")
         if node in self._transformed:
             raise NotByRows("a transform of torch.func is active")
         if isinstance(node.target, HigherOrderOperator):
             raise NotByRows("an operation with a graph, or a gradient, of its own")
-        given = self._number_or_argument if canonical(node) in _ARITHMETIC else self._argument
+        if canonical(node) in _ARITHMETIC:
+            given = lambda n: self._number(n) if isinstance(value_of(n), torch.SymInt) else argument(n)  # noqa: E731
+        else:
+            given = argument
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), given)
         target: Any = node.target
         if node.op == "call_method":
@@ -280,10 +329,8 @@ class _Reader:
 
         return cast, args, kwargs
 
-    def _number_or_argument(self, node: Node) -> Any:
-        return self._number(node) if isinstance(value_of(node), torch.SymInt) else self._argument(node)
-
-    def _keep(self, node: Node, out: Any, example: Any) -> None:
+    def _check(self, out: Any, example: Any) -> None:
+        """Raise NotByRows where results are not those of the example; where no gradient flows there, none does here."""
         made, known = tree_leaves(out), tree_leaves(example)
         if len(made) != len(known):
             raise NotByRows("another number of results than in the example")
@@ -297,8 +344,6 @@ class _Reader:
                 self._recorder.detach(fake)
             elif value.requires_grad and not flows:
                 raise NotByRows("a gradient that does not come from the operation")
-        self._inside[node] = out
-        self._from[node] = {h for n in node.all_input_nodes for h in self._from.get(n, ())}
 
     def _moved(self, node: Node) -> bool:
         """Rows that were moved, which a hidden state of their own makes."""
@@ -316,8 +361,9 @@ class _Reader:
         if split is None:
             return False
         try:
-            args, kwargs = torch.fx.node.map_arg((split.args, split.kwargs), self._argument)
-            rows = self._recorder.run(split.by_row, args, kwargs)
+            given = (split.args, split.kwargs)
+            map_arg = torch.fx.node.map_arg
+            rows = self._either_way(lambda argument: self._recorder.run(split.by_row, *map_arg(given, argument)))
             dims = self._recorder.value(rows).dims
             over = [n for n, dim in enumerate(dims) if not rows_in(dim)]
             if split.reduction == "batchmean" and (not dims or 0 in over):
@@ -338,8 +384,9 @@ class _Reader:
     def _too_large(self, value: Value, node: Node) -> bool:
         """Whether a row's value is of the size of logits."""
         heads = [self._heads[h] for h in self._from.get(node, ()) if h in self._heads]
-        # No more than a hidden state, and far less than logits.
-        limits = [min(self._sizes(v.hidden_size), self._sizes(v.classes) // 4) for v in heads]
+        # No more than a hidden state, and far less than logits, which lie either way where some are turned.
+        sizes = [(v.hidden_size, v.classes, row_count(v) if self._other_way else v.classes) for v in heads]
+        limits = [min(d, v // 4, n // 4) for d, v, n in (map(self._sizes, each) for each in sizes)]
         return torch.Size(row_shape(value.dims)).numel() > max(limits, default=0)
 
     # --- what leaves

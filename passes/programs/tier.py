@@ -25,6 +25,7 @@ from ..values import Decline, LogitsView, Reason, example_size, source_line, val
 from .axes import NotByRows, RowsMixed
 from .emit import Emitted
 from .linear import make_gradients_in_forward
+from .record import Turned
 from .sizes import Numbers
 from .stretch import Exit, stretch_of
 from .write import erase, write
@@ -38,12 +39,13 @@ class Cut:
 
     emitted: Emitted
     exits: tuple[Exit, ...]
-    heads: dict[Node, LogitsView]
+    heads: dict[Node | Turned, LogitsView]
     grads_in_forward: bool
 
     def reported(self) -> Rewritten:
         """For the report; the sizes are those of the first head."""
-        node, view = next(iter(self.heads.items()))
+        head, view = next(iter(self.heads.items()))
+        node = head.node if isinstance(head, Turned) else head
         rows, (width, classes) = row_count(view), (view.hidden_size, view.classes)
         numbers = [size if isinstance(size, int) else None for size in (rows, width, classes)]
         anchor = self.exits[-1].first or self.exits[-1].node

@@ -20,6 +20,7 @@ from ..trace import storage_of
 from ..values import LogitsView, Operand, value_of
 from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
 from .emit import Emitted, RowInput, emit, kept
+from .record import Turned
 from .sizes import without_numbers
 from .stretch import Exit, Stretch
 
@@ -123,7 +124,8 @@ def _check_memory(
     for h in emitted.heads:
         view = stretch.heads[h]
         for n in (n for operand in view.operands for n in operand.nodes):
-            heads[n] = min(order.get(view.linear, order[h]), heads.get(n, order[h]))
+            begun = order.get(view.linear, order[h.node if isinstance(h, Turned) else h])
+            heads[n] = min(begun, heads.get(n, begun))
     made: dict[int | None, int] = {}
     for n in _read(emitted, exits, stretch):
         read = [order[u] for u in n.users if u in inside] + ([heads[n]] if n in heads else [])

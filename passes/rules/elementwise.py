@@ -231,9 +231,10 @@ def _normalised(call: Call, form: Form) -> Outcome:
     view, dim = call.view(forms=(Form.LOGITS, Form.SHIFTED, Form.LOG_SOFTMAX)), call.arg(1, "dim")
     if view is None:
         return None
-    if not isinstance(dim, int) or dim % len(view.shape) != view.class_dim:
+    facing = view.facing(dim) if isinstance(dim, int) else None
+    if facing is None:
         return call.decline(Reason.CLASS_DIM, f"{canonical(call.node)} over dim {dim} of {len(view.shape)}")
-    return view.at(call.node, form=form, shift=None)
+    return facing.at(call.node, form=form, shift=None)
 
 
 @rule("log")

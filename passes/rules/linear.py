@@ -98,9 +98,11 @@ def linear(call: Call) -> Outcome:
 
 @rule("matmul", "mm", begins=True)
 def matmul(call: Call) -> Outcome:
-    """hidden (..., D) @ weight (D, V)."""
+    """hidden (..., D) @ weight (D, V), or weight (V, D) @ hidden (..., D, T)."""
     hidden = call.arg(0, "input")
     weight = call.arg(1, "mat2" if canonical(call.node) == "mm" else "other")
+    if _plain(hidden, weight, dims=(2, None)) and (rank := value_of(weight).dim()) > 2:
+        return _moved_head(call, weight, rank - 2, Operand(hidden), None, rank - 2)
     if not _plain(hidden, weight, dims=(None, 2)):
         return None
     return _head(call, hidden, transposed(weight), None)

@@ -84,8 +84,10 @@ def _loss(call: Call, view: LogitsView, reduction: Any, ignore_index: Any, smoot
     if not 0 <= smoothing <= 1:
         return call.decline(Reason.OPTION, f"label_smoothing {smoothing}")
     rank = len(view.shape)
-    if view.class_dim != (0 if rank == 1 else 1):
+    facing = view.facing(min(1, rank - 1))
+    if facing is None:
         return call.decline(Reason.CLASS_DIM, f"the vocabulary is dim {view.class_dim} of {rank}")
+    view = facing
     refused = _target_refusal(call, view, target)
     if refused is not None:
         return refused
