@@ -29,6 +29,7 @@ class Reason(enum.Enum):
     CLASS_DIM = "the loss is taken over a dimension that is not the vocabulary"
     CLASS_MIXED = "the vocabulary dimension is reshaped, cut or mixed on the way to the loss"
     ROWS_MIXED = "rows of the logits are mixed with each other on the way to the loss"
+    OWN_GRADIENT = "an autograd.Function between the linear layer and the loss has a gradient of its own"
     PROBABILITIES = "the target holds class probabilities, not class indices"
     TARGET = "the target is not an int64 tensor of one class index per row"
     CLASS_WEIGHT_GRAD = "the class weights require grad, which cross entropy does not differentiate"
@@ -53,6 +54,7 @@ ADVICE = {
     Reason.CLASS_DIM: "give the loss the vocabulary as its class dimension: (N, V) or (B, V, T)",
     Reason.CLASS_MIXED: "keep the vocabulary whole up to the loss, or take a leading slice of it",
     Reason.ROWS_MIXED: "reduce each row to few numbers first, and mix those",
+    Reason.OWN_GRADIENT: "write it as plain operations, whose gradient is made anyway",
     Reason.PROBABILITIES: "pass class indices where you can, with label_smoothing for uniform noise",
     Reason.TARGET: "pass one int64 class index for each row",
     Reason.CLASS_WEIGHT_GRAD: "detach the class weights",

@@ -23,8 +23,8 @@ from ..canonical import canonical, mutated_arguments
 from ..decide import row_count
 from ..rewriter import after_product
 from ..trace import Trace
-from ..values import Form, LogitsView, constant, value_of
-from .axes import Axis, Dim, NotByRows, RowsMixed, fresh, rows_in
+from ..values import Form, LogitsView, Reason, constant, value_of
+from .axes import Axis, Dim, NotByRows, OwnGradient, RowsMixed, fresh, rows_in
 from .emit import row_axes, row_shape
 from .operations import RULES, is_pointwise
 from .record import Head, Leaf, Recorder, Turned, Value
@@ -50,9 +50,10 @@ class Stretch:
     pulled: list[Node] = field(default_factory=list)  # nodes beside it that it makes for itself, of less than logits
     exits: list[Exit] = field(default_factory=list)
     refused: dict[Node, str] = field(default_factory=dict)  # why a node that reads a stretch is not in it
-    mixed: dict[Node, set[Node]] = field(
-        default_factory=dict
-    )  # heads that were left out, by the node that mixes their rows
+    reasons: dict[Node, Reason] = field(default_factory=dict)  # of those for which a head was left out
+
+
+_REASONS = {RowsMixed: Reason.ROWS_MIXED, OwnGradient: Reason.OWN_GRADIENT}
 
 
 class _Large(Exception):
@@ -93,20 +94,20 @@ def _quiet() -> Iterator[None]:
 
 
 def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> Stretch:
-    left, refused, mixed = dict(heads), {}, {}
+    left, refused, reasons = dict(heads), {}, {}
     while left:
         reader = _Reader(graph, left, trace, sizes, pulls)
         try:
             found = reader.read()
         except _Large as large:
             refused[large.node] = str(large)
-            if large.node in reader.mixing:
-                mixed[large.node] = large.heads
+            if large.node in reader.reasons:
+                reasons[large.node] = reader.reasons[large.node]
             left = {node: view for node, view in left.items() if node not in large.heads}
             continue
-        found.refused, found.mixed = refused | found.refused, mixed
+        found.refused, found.reasons = refused | found.refused, reasons
         return found
-    return Stretch(refused=refused, mixed=mixed)
+    return Stretch(refused=refused, reasons=reasons)
 
 
 class _Reader:
@@ -124,7 +125,7 @@ class _Reader:
         self._writes = False  # whether a node writes to memory
         self._from: dict[Node, set[Node]] = {}  # the heads, as the caller named them, that a node's value is made of
         self._found = Stretch()
-        self.mixing: set[Node] = set()  # nodes that mix rows
+        self.reasons: dict[Node, Reason] = {}  # of nodes that are refused for one that a user can do something about
         self._splits: dict[Node, tuple[Split, Tensor]] = {}
         self._casts = any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in graph.nodes) or (
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
@@ -270,8 +271,8 @@ class _Reader:
             if self._moved(node) or self._divided(node):
                 return
             self._found.refused[node] = f"`{_spelling(node)}`: {refusal}"
-            if isinstance(refusal, RowsMixed):
-                self.mixing.add(node)
+            if type(refusal) in _REASONS:
+                self.reasons[node] = _REASONS[type(refusal)]
         except Exception as error:  # of torch's, for sizes or an operation that it has no fake of
             self._found.refused[node] = f"`{_spelling(node)}`: {type(error).__name__}: {error}".splitlines()[0]
 
@@ -306,7 +307,9 @@ class _Reader:
         if node in self._transformed:
             raise NotByRows("a transform of torch.func is active")
         if isinstance(node.target, HigherOrderOperator):
-            raise NotByRows("an operation with a graph, or a gradient, of its own")
+            if canonical(node) == "autograd_function_apply":
+                raise OwnGradient("an `autograd.Function`, whose backward is its own")
+            raise NotByRows("an operation with a graph of its own")
         if canonical(node) in _ARITHMETIC:
             given = lambda n: self._number(n) if isinstance(value_of(n), torch.SymInt) else argument(n)  # noqa: E731
         else:

@@ -76,12 +76,12 @@ class RowPrograms:
 
     cuts: list[Cut] = field(default_factory=list)
     within: set[Node] = field(default_factory=set)  # nodes that are gone with what was cut
-    mixed: list[Decline] = field(default_factory=list)
+    refused: list[Decline] = field(default_factory=list)  # for reasons that a user can do something about
 
     def declines(self, before: list[Decline]) -> list[Decline]:
         """The losses that stay as they are, of those that the first tier declined, each with the better reason of both."""
         left = [d for d in before if d.node not in self.within]
-        for decline in self.mixed:
+        for decline in self.refused:
             same = [d for d in left if _reads(d.node, decline.node) or _reads(decline.node, d.node)]
             if all(d.reason in _VAGUE for d in same):
                 left = [*(d for d in left if d not in same), decline]
@@ -112,7 +112,7 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPr
     stretch = stretch_of(gm.graph, heads, found, numbers)
     for node, why in stretch.refused.items():
         _log.debug("not in a row program: %s, %s", node.name, why)
-    outcome = RowPrograms(mixed=[Decline(Reason.ROWS_MIXED, n, stretch.refused[n]) for n in stretch.mixed])
+    outcome = RowPrograms(refused=[Decline(why, n, stretch.refused[n]) for n, why in stretch.reasons.items()])
     if not stretch.exits:
         return outcome
     try:
@@ -122,7 +122,7 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPr
     except (NotByRows, WouldGuard) as refusal:
         _log.debug("no row program: %s", refusal)
         if isinstance(refusal, RowsMixed):
-            outcome.mixed.append(Decline(Reason.ROWS_MIXED, stretch.exits[0].node, str(refusal)))
+            outcome.refused.append(Decline(Reason.ROWS_MIXED, stretch.exits[0].node, str(refusal)))
         return outcome
     erase(gm, stretch)
     for emitted, exits, call in groups:
@@ -141,7 +141,9 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPr
 _SMALLEST = 8 << 20
 # Operations that mix the numbers of a row with a weight. A layer before one is a model's own, unless it is far wider than it
 # is deep, as a vocabulary is.
-_LAYERS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "scaled_dot_product_attention")
+_LAYERS = (
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention",
+)  # fmt: skip
 _WIDER = 16
 
 

@@ -188,14 +188,15 @@ def tensordot(call: Call) -> Outcome:
     return _head(call, hidden, Operand(weight) if second[0] % 2 == 1 else transposed(weight), None)
 
 
-@rule("conv1d", begins=True)
-def conv1d(call: Call) -> Outcome:
-    """hidden (B, D, T) under a kernel (V, D, 1) of size 1: (B, V, T)."""
+@rule("conv1d", "conv2d", "conv3d", begins=True)
+def convolution(call: Call) -> Outcome:
+    """hidden (B, D, ...) under a kernel (V, D, 1, ...) of size 1: (B, V, ...)."""
     hidden, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
-    if not _plain(hidden, weight, dims=(3, 3)) or (bias is not None and not _plain(bias, dims=(1,))):
+    rank = {"conv1d": 3, "conv2d": 4, "conv3d": 5}[str(canonical(call.node))]
+    if not _plain(hidden, weight, dims=(rank, rank)) or (bias is not None and not _plain(bias, dims=(1,))):
         return None
-    rest = [(3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1)]
-    stride, padding, _, groups = (a[0] if isinstance(a, (tuple, list)) else a for a in (call.arg(*r) for r in rest))
-    if value_of(weight).shape[2] != 1 or (stride, padding, groups) != (1, 0, 1):
+    rest = [(3, "stride", 1), (4, "padding", 0), (6, "groups", 1)]
+    found = [set(a) if isinstance(a, (tuple, list)) else {a} for a in (call.arg(*r) for r in rest)]
+    if any(size != 1 for size in value_of(weight).shape[2:]) or found not in ([{1}, {0}, {1}], [{1}, {"valid"}, {1}]):
         return None
-    return _moved_head(call, hidden, 1, Operand(weight).then("kernel", torch.select, 2, 0), bias, 1)
+    return _moved_head(call, hidden, 1, Operand(weight).then("kernel", torch.flatten, 1), bias, 1)
