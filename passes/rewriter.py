@@ -220,13 +220,9 @@ def _rows(builder: Builder, candidate: Candidate, head: tuple[Any, ...], kernel:
         if result is Result.PROB:
             return torch.exp(-nll)
         if result is Result.LOG_PROB or summed:
-            out = (
-                nll
-                if result is Result.LOG_PROB
-                else smooth
-                if result is Result.SUM_LOG
-                else smooth / size_of(view.classes, weight, 0)
-            )
+            if result is Result.MEAN_LOG:
+                smooth = smooth / size_of(view.classes, weight, 0)
+            out = nll if result is Result.LOG_PROB else smooth
             return out if candidate.negated else -out
         out = lse
     if shift is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,42 +25,11 @@ from ..trace import Trace
 from ..values import Form, LogitsView, Reason, constant, value_of
 from .axes import Axis, Dim, NotByRows, OwnGradient, RowsMixed, fresh, rows_in
 from .emit import row_axes, row_shape
+from .found import REASONS, Exit, Large, Stretch
+from .numbers import ARITHMETIC, of_numbers, spelling
 from .operations import RULES, is_pointwise
 from .record import Head, Leaf, Recorder, Turned, Value
 from .split import Split, reduced, split_of
-
-
-@dataclass(frozen=True)
-class Exit:
-    """A value that leaves a stretch: a node's, or what a node's reduction is made of."""
-
-    node: Node
-    value: Value
-    split: Split | None = None
-    first: Node | None = None  # the first node that reads it
-
-
-@dataclass
-class Stretch:
-    """The nodes of a graph that may be row programs."""
-
-    heads: dict[Node | Turned, LogitsView] = field(default_factory=dict)
-    inside: list[Node] = field(default_factory=list)
-    pulled: list[Node] = field(default_factory=list)  # nodes beside it that it makes for itself, of less than logits
-    exits: list[Exit] = field(default_factory=list)
-    refused: dict[Node, str] = field(default_factory=dict)  # why a node that reads a stretch is not in it
-    reasons: dict[Node, Reason] = field(default_factory=dict)  # of those for which a head was left out
-
-
-_REASONS = {RowsMixed: Reason.ROWS_MIXED, OwnGradient: Reason.OWN_GRADIENT}
-
-
-class _Large(Exception):
-    """Heads whose logits something outside the stretch needs."""
-
-    def __init__(self, heads: set[Node], node: Node, why: str) -> None:
-        super().__init__(why)
-        self.heads, self.node = heads, node
 
 
 def stretch_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any]) -> Stretch:
@@ -99,7 +67,7 @@ def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], A
         reader = _Reader(graph, left, trace, sizes, pulls)
         try:
             found = reader.read()
-        except _Large as large:
+        except Large as large:
             refused[large.node] = str(large)
             if large.node in reader.reasons:
                 reasons[large.node] = reader.reasons[large.node]
@@ -157,7 +125,7 @@ class _Reader:
         device = value_of(node).device
         with self._recorder.fake_mode:
             product = torch.empty(*rows, classes, dtype=view.dtype, device=device)
-        along: Dim = () if classes == 1 else (Axis(classes, mixed=_spelling(view.linear)),)
+        along: Dim = () if classes == 1 else (Axis(classes, mixed=spelling(view.linear)),)
         value = Value([*dims, along], view.dtype, Head(head), grad=value_of(node).requires_grad)
         self._recorder.enter(product, value)
         bias = None
@@ -270,11 +238,11 @@ class _Reader:
         except NotByRows as refusal:
             if self._moved(node) or self._divided(node):
                 return
-            self._found.refused[node] = f"`{_spelling(node)}`: {refusal}"
-            if type(refusal) in _REASONS:
-                self.reasons[node] = _REASONS[type(refusal)]
+            self._found.refused[node] = f"`{spelling(node)}`: {refusal}"
+            if type(refusal) in REASONS:
+                self.reasons[node] = REASONS[type(refusal)]
         except Exception as error:  # of torch's, for sizes or an operation that it has no fake of
-            self._found.refused[node] = f"`{_spelling(node)}`: {type(error).__name__}: {error}".splitlines()[0]
+            self._found.refused[node] = f"`{spelling(node)}`: {type(error).__name__}: {error}".splitlines()[0]
 
     def _run(self, node: Node) -> None:
         products, large = self._recorder.products, any(self._is_large(n) for n in node.all_input_nodes)
@@ -310,7 +278,7 @@ class _Reader:
             if canonical(node) == "autograd_function_apply":
                 raise OwnGradient("an `autograd.Function`, whose backward is its own")
             raise NotByRows("an operation with a graph of its own")
-        if canonical(node) in _ARITHMETIC:
+        if canonical(node) in ARITHMETIC:
             given = lambda n: self._number(n) if isinstance(value_of(n), torch.SymInt) else argument(n)  # noqa: E731
         else:
             given = argument
@@ -319,7 +287,7 @@ class _Reader:
         if node.op == "call_method":
             target = getattr(type(args[0]), str(node.target))
         if any(isinstance(value_of(n), torch.SymFloat) for n in node.all_input_nodes):
-            target = _of_numbers(node, target)
+            target = of_numbers(node, target)
         if not self._casts:
             return target, args, kwargs
         at = next((n for n in (node, *node.all_input_nodes) if isinstance(value_of(n), Tensor)), None)
@@ -373,7 +341,7 @@ class _Reader:
                 return False
             rows = self._recorder.run(reduced, (rows, over, split.reduction), {})
         except NotByRows as refusal:
-            self._found.refused[node] = f"`{_spelling(node)}`: {refusal}"
+            self._found.refused[node] = f"`{spelling(node)}`: {refusal}"
             return True
         self._splits[node] = (split, rows)
         return True
@@ -400,15 +368,15 @@ class _Reader:
             outside = [u for u in node.users if u not in self._inside and u not in self._splits]
             if not outside or not isinstance(out, Tensor):
                 if any(u.op != "output" and not isinstance(out, Tensor) for u in outside):
-                    raise _Large(self._from[node], outside[0], self._found.refused.get(outside[0], "a tuple"))
+                    raise Large(self._from[node], outside[0], self._found.refused.get(outside[0], "a tuple"))
                 continue
             first = min(outside, key=order.__getitem__)
             if self._written(node, outside):
-                raise _Large(self._from[node], first, "a value of the rows is written to")
+                raise Large(self._from[node], first, "a value of the rows is written to")
             if self._is_large(node):
                 if all(u.op == "output" for u in outside) and node in self._views:
                     continue  # may become lazy
-                raise _Large(self._from[node], first, self._found.refused.get(first, "the logits are needed"))
+                raise Large(self._from[node], first, self._found.refused.get(first, "the logits are needed"))
             self._found.exits.append(Exit(node, self._recorder.value(out), None, first))
         for node, (split, rows) in self._splits.items():
             self._found.exits.append(Exit(node, self._recorder.value(rows), split, node))
@@ -416,34 +384,3 @@ class _Reader:
 
     def _written(self, node: Node, outside: list[Node]) -> bool:
         return any(node in mutated_arguments(u) for u in outside)
-
-
-# Operations whose numbers are no sizes.
-_ARITHMETIC = ("mul", "div", "add", "sub", "rsub", "pow")
-
-
-def _of_numbers(node: Node, target: Callable[..., Any]) -> Callable[..., Any]:
-    """A node's function for numbers that are tensors of no dimensions, which it would round to its own dtype."""
-    dtype = value_of(node).dtype if isinstance(value_of(node), Tensor) else None
-    fills = _spelling(node) in ("full", "full_like", "new_full")
-    low = dtype is not None and dtype.is_floating_point and dtype.itemsize < 4
-    if low and mutated_arguments(node):
-        raise NotByRows("a number that is not fixed, and half precision in place")
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if fills:
-            number = kwargs.pop("fill_value", args[-1])
-            return target(*args[: len(args) - (number is args[-1])], 0.0, **kwargs).fill_(number)
-        if not low:
-            return target(*args, **kwargs)
-        args, kwargs = tree_map(
-            lambda t: t.float() if isinstance(t, Tensor) and t.dtype == dtype else t, (args, kwargs)
-        )
-        return target(*args, **kwargs).to(dtype)
-
-    return call
-
-
-def _spelling(node: Node) -> str:
-    name = canonical(node)
-    return name if isinstance(name, str) else getattr(name, "__name__", str(name))

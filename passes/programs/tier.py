@@ -24,10 +24,11 @@ from ..trace import Trace
 from ..values import Decline, LogitsView, Reason, example_size, source_line, value_of
 from .axes import NotByRows, RowsMixed
 from .emit import Emitted
+from .found import Exit
 from .linear import make_gradients_in_forward
 from .record import Turned
 from .sizes import Numbers
-from .stretch import Exit, stretch_of
+from .stretch import stretch_of
 from .write import erase, write
 
 _log = logging.getLogger("cce_fx")

@@ -20,9 +20,9 @@ from ..trace import storage_of
 from ..values import LogitsView, Operand, value_of
 from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
 from .emit import Emitted, RowInput, emit, kept
+from .found import Exit, Stretch
 from .record import Turned
 from .sizes import without_numbers
-from .stretch import Exit, Stretch
 
 
 def write(
