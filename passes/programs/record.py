@@ -23,8 +23,6 @@ from ..._torch import (
     TorchDispatchMode,
     decomposition_table,
     disable_modes,
-    tree_leaves,
-    tree_map_only,
 )
 from ..values import Operand
 from .axes import Dim, NotByRows, RowsMixed, distinct
@@ -187,7 +185,8 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if (not _tensors(out) and not _tensors((args, kwargs))) or func.namespace == "prim":
+        made, given = _tensors(out), _tensors((args, kwargs))
+        if (not made and not given) or func.namespace == "prim":
             return out
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotByRows(f"`{func}` draws random numbers")
@@ -195,8 +194,8 @@ class Recorder(TorchDispatchMode):
             self._write(func, args, kwargs)
             return out
         values = self._recorded(func, args, kwargs, out)
-        for fake, value in zip(_tensors(out), values, strict=True):
-            if not any(fake is t for t in _tensors((args, kwargs))):
+        for fake, value in zip(made, values, strict=True):
+            if not any(fake is t for t in given):
                 self.enter(fake, value)
                 if func.is_view and fake is out:
                     self._views[id(fake)] = (args[0], func, args[1:])
@@ -213,7 +212,7 @@ class Recorder(TorchDispatchMode):
         if rule is None and self._is_pointwise(func):
             rule = self._rules["pointwise"]
         if rule is not None:
-            args, kwargs = tree_map_only(Tensor, self.value, (args, kwargs))
+            args, kwargs = _replaced(args, self.value), _replaced(kwargs, self.value)
             return list(rule(Call(self, func, args, kwargs, _tensors(out))))
         decomposition = decomposition_table.get(func, func.decompose)
         with self:
@@ -277,7 +276,30 @@ def _memory_of(fake: Tensor) -> int:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    """The tensors among arguments, or results, of aten operations: by hand, since torch's trees take longer than all else."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    return [t for x in tree for t in _tensors(x)]
+
+
+def _replaced(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Such arguments with the tensors replaced."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([_replaced(x, function) for x in tree])
+    return {k: _replaced(v, function) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def values_in(argument: Any) -> list[Value]:
+    """The values among the arguments of an operation as its rule sees them."""
+    if isinstance(argument, Value):
+        return [argument]
+    return [v for x in argument for v in values_in(x)] if isinstance(argument, (list, tuple)) else []
 
 
 class Call:
@@ -296,7 +318,7 @@ class Call:
     @property
     def values(self) -> list[Value]:
         """Every tensor among the arguments."""
-        return [v for v in tree_leaves(self.arguments) if isinstance(v, Value)]
+        return [v for argument in self.arguments.values() for v in values_in(argument)]
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

@@ -302,7 +302,7 @@ class _Reader:
 
     def _check(self, out: Any, example: Any) -> None:
         """Raise NotByRows where results are not those of the example; where no gradient flows there, none does here."""
-        made, known = tree_leaves(out), tree_leaves(example)
+        made, known = ([x] if isinstance(x, Tensor) else tree_leaves(x) for x in (out, example))
         if len(made) != len(known):
             raise NotByRows("another number of results than in the example")
         for fake, value in zip(made, known, strict=True):
@@ -349,7 +349,8 @@ class _Reader:
     def _is_large(self, node: Node) -> bool:
         if node not in self._inside:
             return False
-        leaves = [t for t in tree_leaves(self._inside[node]) if isinstance(t, Tensor)]
+        out = self._inside[node]
+        leaves = (out,) if isinstance(out, Tensor) else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         return any(self._too_large(self._recorder.value(t), node) for t in leaves)
 
     def _too_large(self, value: Value, node: Node) -> bool:
