@@ -8,6 +8,8 @@ until the stretch ends, a dimension may still turn out to be rows.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -128,9 +130,12 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv")
 class Recorder(TorchDispatchMode):
     """Notes what is done to fake tensors while it is the current mode."""
 
-    def __init__(self, rules: dict[str, Callable[..., Any]], is_pointwise: Callable[[OpOverload], bool]) -> None:
+    def __init__(
+        self, rules: dict[str, Callable[..., Any]], is_pointwise: Callable[[OpOverload], bool], autocast: bool
+    ) -> None:
         super().__init__()
-        self.fake_mode: FakeTensorMode = FakeTensorMode()
+        # Fakes are tensors on meta, which are made in a tenth of the time; but autocast asks for a device.
+        self._fake_mode: FakeTensorMode | None = FakeTensorMode() if autocast else None
         self._rules = rules
         self._is_pointwise = is_pointwise
         self._values: dict[int, Value] = {}
@@ -144,8 +149,18 @@ class Recorder(TorchDispatchMode):
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a function of a graph returns for arguments in which tensors are fake."""
-        with torch.no_grad(), self.fake_mode, self:
+        with torch.no_grad(), self._fake_mode or contextlib.nullcontext(), self:
             return function(*args, **kwargs)
+
+    def empty(
+        self, like: Tensor, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
+    ) -> Tensor:
+        """A fake of some shape, on the device of another tensor."""
+        with self._fake_mode or contextlib.nullcontext():
+            device = like.device if self._fake_mode else torch.device("meta")
+            if stride is None:
+                return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
     def enter(self, fake: Tensor, value: Value) -> Tensor:
         """Make a tensor known."""
@@ -162,7 +177,7 @@ class Recorder(TorchDispatchMode):
             raise NotByRows(self._changed[id(fake)])
         if id(fake) not in self._values:
             constant = fake if type(fake) is Tensor else getattr(fake, "constant", None)
-            if constant is None or constant.dim():
+            if constant is None or constant.dim() or constant.device.type == "meta":
                 raise NotByRows("a constant tensor of the program's own")
             with disable_modes():
                 number = constant.item()
@@ -183,9 +198,11 @@ class Recorder(TorchDispatchMode):
         return Value(list(dims), fake.dtype, source, index, grad and fake.dtype.is_floating_point)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, given = kwargs or {}, _tensors((args, kwargs))
+        if self._fake_mode is None and (kwargs.get("device") is not None or (not given and _makes(func))):
+            kwargs = {**kwargs, "device": torch.device("meta")}
         out = func(*args, **kwargs)
-        made, given = _tensors(out), _tensors((args, kwargs))
+        made = _tensors(out)
         if (not made and not given) or func.namespace == "prim":
             return out
         if torch.Tag.nondeterministic_seeded in func.tags:
@@ -264,6 +281,12 @@ def _written_back(view: OpOverload, whole: Tensor, part: Tensor, rest: tuple[Any
     if name == "detach":
         return part
     raise NotByRows(f"a part of a tensor, by `{name}`, is written to")
+
+
+@functools.cache
+def _makes(func: OpOverload) -> bool:
+    """Whether an operation makes a tensor on a device that it is told."""
+    return any(a.name == "device" for a in func._schema.arguments)
 
 
 def name_of(func: OpOverload) -> str:

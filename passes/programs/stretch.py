@@ -85,7 +85,6 @@ class _Reader:
         self._size: int = min(logits) // 2
         self._graph, self._heads, self._sizes = graph, heads, sizes
         self._views, self._transformed = trace.views, trace.transformed
-        self._recorder = Recorder(RULES, is_pointwise)
         self._values: dict[Node, Any] = {}  # of nodes outside, with fakes of our own
         self._numbers: dict[Node, Tensor] = {}  # that are symbols
         self._inside: dict[Node, Any] = {}
@@ -98,6 +97,7 @@ class _Reader:
         self._casts = any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in graph.nodes) or (
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         )
+        self._recorder = Recorder(RULES, is_pointwise, autocast=self._casts)
 
     def read(self) -> Stretch:
         for node in self._graph.nodes:
@@ -122,16 +122,13 @@ class _Reader:
         rows = [self._sizes(s) for s in view.row_shape]
         classes = self._sizes(view.classes)
         dims: list[Dim] = [() if size == 1 else (Axis(size, row=True),) for size in rows]
-        device = value_of(node).device
-        with self._recorder.fake_mode:
-            product = torch.empty(*rows, classes, dtype=view.dtype, device=device)
+        product = self._recorder.empty(value_of(node), view.dtype, [*rows, classes])
         along: Dim = () if classes == 1 else (Axis(classes, mixed=spelling(view.linear)),)
         value = Value([*dims, along], view.dtype, Head(head), grad=value_of(node).requires_grad)
         self._recorder.enter(product, value)
         bias = None
         if view.bias is not None:
-            with self._recorder.fake_mode:
-                bias = torch.empty(classes, dtype=view.dtype, device=device)
+            bias = self._recorder.empty(value_of(node), view.dtype, [classes])
             flows = value.grad and view.bias.requires_grad
             self._recorder.enter(bias, Value([fresh(classes)], view.dtype, Leaf(view.bias), grad=flows))
 
@@ -181,8 +178,7 @@ class _Reader:
             return number
         if node not in self._numbers:
             dtype = torch.float64 if isinstance(value_of(node), torch.SymFloat) else torch.int64
-            with self._recorder.fake_mode:
-                fake = torch.empty((), dtype=dtype)
+            fake = self._recorder.empty(torch.empty(0), dtype, ())
             self._numbers[node] = self._recorder.enter(fake, Value([], dtype, Leaf(node)))
         return self._numbers[node]
 
@@ -222,8 +218,7 @@ class _Reader:
             if not isinstance(value_of(node), Tensor):
                 raise NotByRows("a tensor in a tuple")
             shape, stride = ([self._sizes(s) for s in sizes] for sizes in (value.shape, value.stride()))
-            with self._recorder.fake_mode:
-                fake = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            fake = self._recorder.empty(value, value.dtype, shape, stride)
             dims = [fresh(size) for size in shape]
             return self._recorder.enter(fake, Value(dims, value.dtype, Leaf(node), grad=value.requires_grad))
         if isinstance(value, torch.SymBool):
