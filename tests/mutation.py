@@ -293,6 +293,8 @@ def red(fault: Fault, where: Path) -> bool:
         names = ("forms", "semantics", "lazy_logits", "programs", "ops")  # the quickest first
         tests = [f"tests/kernels/test_{name}.py" for name in ("native", "contract")]
         tests += [f"tests/test_{name}.py" for name in names]
+        if fault.path.startswith("passes/programs"):
+            tests = [f"tests/test_{name}.py" for name in ("row_programs", "changing_sizes", "forms")]
         env = {**os.environ, "PYTHONPATH": str(where), "CCE_FX_PROGRAMS": "80"}
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]
         return subprocess.run(command, cwd=where, env=env, capture_output=True).returncode == 1

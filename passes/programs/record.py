@@ -145,6 +145,7 @@ class Recorder(TorchDispatchMode):
             int, tuple[Tensor, Any, tuple[Any, ...]]
         ] = {}  # of what, by which operation, and its arguments
         self._memory: dict[int, list[int]] = {}  # fakes by their storage
+        self._known: dict[Any, Any] = {}  # results of operations, by the kinds of their arguments
         self.products: int = 0  # how many were recorded
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -201,7 +202,7 @@ class Recorder(TorchDispatchMode):
         kwargs, given = kwargs or {}, _tensors((args, kwargs))
         if self._fake_mode is None and (kwargs.get("device") is not None or (not given and _makes(func))):
             kwargs = {**kwargs, "device": torch.device("meta")}
-        out = func(*args, **kwargs)
+        out = self._result(func, args, kwargs)
         made = _tensors(out)
         if (not made and not given) or func.namespace == "prim":
             return out
@@ -217,6 +218,24 @@ class Recorder(TorchDispatchMode):
                 if func.is_view and fake is out:
                     self._views[id(fake)] = (args[0], func, args[1:])
         return out
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation returns. Of one tensor, not a view, it is remembered for arguments of the same kinds."""
+        if self._fake_mode is not None or func.is_view or func._schema.is_mutable:
+            return func(*args, **kwargs)
+        key = func, _kinds(args), _kinds(kwargs)
+        try:
+            known = self._known.get(key)
+        except TypeError:  # an argument without a hash
+            return func(*args, **kwargs)
+        if known is None:
+            out = func(*args, **kwargs)
+            plain = type(out) is Tensor and out.device.type == "meta" and not any(out is t for t in _tensors(args))
+            if plain and out._base is None:
+                self._known[key] = (out.shape, out.stride(), out.dtype)
+            return out
+        shape, stride, dtype = known
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
     def _recorded(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> list[Value]:
         name = name_of(func)
@@ -316,6 +335,17 @@ def _replaced(tree: Any, function: Callable[[Tensor], Any]) -> Any:
     if isinstance(tree, (tuple, list)):
         return type(tree)([_replaced(x, function) for x in tree])
     return {k: _replaced(v, function) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _kinds(argument: Any) -> Any:
+    """What the shape, strides and dtype of a result depend on: those of tensors, and everything else."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, (tuple, list)):
+        return tuple(_kinds(a) for a in argument)
+    if isinstance(argument, dict):
+        return tuple((k, _kinds(v)) for k, v in argument.items())
+    return type(argument), argument
 
 
 def values_in(argument: Any) -> list[Value]:
