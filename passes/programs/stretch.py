@@ -69,7 +69,9 @@ def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], A
             found = reader.read()
         except Large as large:
             refused[large.node] = str(large)
-            if large.node in reader.reasons:
+            # Of a layer with fewer classes than hidden dimensions, such as a gate or an adapter, nobody wants to know.
+            wide = any(sizes(heads[h].classes) > sizes(heads[h].hidden_size) for h in large.heads if h in heads)
+            if large.node in reader.reasons and wide:
                 reasons[large.node] = reader.reasons[large.node]
             left = {node: view for node, view in left.items() if node not in large.heads}
             continue
