@@ -113,7 +113,6 @@ NAMES: dict[str, Private] = {
         "torch.utils._python_dispatch:TorchDispatchMode", "sees the aten operations below a graph's functions"
     ),
     "tree_leaves": Private("torch.utils._pytree:tree_leaves", "tensors among arguments and results"),
-    "tree_map_only": Private("torch.utils._pytree:tree_map_only", "the same"),
     "throw_on_data_ptr": Private(
         "torch._C:_set_throw_on_mutable_data_ptr", "an error where C code wants the memory that a tensor has none of"
     ),
