@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the rows that no kernel knows, eager, inductor and cce in one process: `python -m benchmarks programs`.
+"""Losses of the rows, eager, inductor, cce and Liger's in one process: `python -m benchmarks programs`.
 
 Each is a student's head of hidden size D with its loss, forward and backward, in float32. Time is the median of interleaved
-rounds. Memory is what a step holds at its peak beyond the inputs and the gradients, exact.
+rounds, memory what a step holds at its peak beyond the inputs and the gradients, exact; the first call is the compiler's work and
+a step. Liger's loss is its chunked one, of torch alone, where it has one and `liger-kernel` is installed. Last, the time that the
+pass takes to read a long chain of operations between a head and its loss.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,10 +24,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
 from benchmarks.measure import interleaved, peak_bytes
+from cce_fx.passes import Policy, fakes
+from cce_fx.passes.faults import Undo
+from cce_fx.passes.pipeline import apply
 
-BACKENDS = ("eager", "inductor", "cce")
+BACKENDS = ("eager", "inductor", "cce", "liger")
 Loss = Callable[[nn.Module, nn.Module, Tensor, Tensor, Tensor], Tensor]
 T = 2.0
 
@@ -46,6 +54,37 @@ def entropy(student: nn.Module, teacher: nn.Module, x: Tensor, e: Tensor, y: Ten
     """Cross entropy with a bonus for entropy."""
     z = student(x)
     return F.cross_entropy(z, y) + 0.01 * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()
+
+
+def metrics(student: nn.Module, teacher: nn.Module, x: Tensor, e: Tensor, y: Tensor) -> Tensor:
+    """Cross entropy with accuracy and the mean logit beside it, which nobody differentiates."""
+    z = student(x)
+    with torch.no_grad():
+        _seen[:] = [(z.argmax(-1) == y).float().mean(), z.mean()]
+    return F.cross_entropy(z, y)
+
+
+_seen: list[Tensor] = []  # what a trainer would log
+
+
+def clip(student: nn.Module, teacher: nn.Module, x: Tensor, e: Tensor, y: Tensor) -> Tensor:
+    """Texts against images, in both directions: the student's weight are the images."""
+    z = x @ student.weight.T / 0.07  # type: ignore[operator,union-attr]
+    pairs = torch.arange(z.size(0))
+    return (F.cross_entropy(z, pairs) + F.cross_entropy(z.T, pairs)) / 2
+
+
+def liger_jsd() -> Loss:
+    """Liger's distillation, which mixes it with a cross entropy of no weight."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    made = LigerFusedLinearJSDLoss(weight_hard_loss=0.0, weight_soft_loss=1.0, temperature=T)
+
+    def loss(student: nn.Module, teacher: nn.Module, x: Tensor, e: Tensor, y: Tensor) -> Tensor:
+        out = made(x, student.weight, e, teacher.weight, y)
+        return out[0] if isinstance(out, tuple) else out
+
+    return loss
 
 
 def smoothed(student: nn.Module, teacher: nn.Module, x: Tensor, e: Tensor, y: Tensor) -> Tensor:
@@ -72,23 +111,39 @@ LOSSES: dict[str, tuple[Loss, tuple[int, int, int, int]]] = {  # N, D of the stu
     "kl": (kl, (2048, 512, 1024, 32000)),
     "jsd": (jsd, (2048, 512, 1024, 32000)),
     "entropy": (entropy, (2048, 512, 8, 32000)),
+    "metrics": (metrics, (2048, 512, 8, 32000)),
     "smoothed": (smoothed, (2048, 512, 8, 32000)),
     "labels": (labels, (512, 512, 8, 100000)),
     "arcface": (arcface, (512, 512, 8, 100000)),
+    "clip": (clip, (8192, 512, 8, 8192)),
 }
+LIGER: dict[str, Callable[[], Loss]] = {"jsd": liger_jsd}
+
+
+def runs(name: str, backends: list[str]) -> dict[str, Loss]:
+    """A loss by backend, where there is one."""
+    loss, found = LOSSES[name][0], {}
+    for backend in backends:
+        if backend == "eager":
+            found[backend] = loss
+        elif backend == "liger":
+            if name in LIGER and importlib.util.find_spec("liger_kernel"):
+                found[backend] = LIGER[name]()
+        else:
+            found[backend] = torch.compile(
+                loss, backend=backend, options={"min_vocab": 0} if backend == "cce" else None
+            )
+    return found
 
 
 def measure(name: str, scale: int, rounds: int, backends: list[str]) -> dict[str, Any]:
-    """Seconds of each round, peak bytes and the loss, by backend."""
-    loss, sizes = LOSSES[name]
-    n, d, e, v = (max(8, size // scale) for size in sizes)
+    """Seconds of each round and of the first call, peak bytes and the loss, by backend."""
+    n, d, e, v = (max(8, size // scale) for size in LOSSES[name][1])
     torch.manual_seed(0)
     student, teacher = nn.Linear(d, v, bias=False), nn.Linear(e, v, bias=False).requires_grad_(False)
     x, given, y = torch.randn(n, d, requires_grad=True), torch.randn(n, e), torch.randint(0, v, (n,))
-    steps, peaks, losses = {}, {}, {}
-    for backend in backends:
-        options = {"min_vocab": 0} if backend == "cce" else None
-        run = loss if backend == "eager" else torch.compile(loss, backend=backend, options=options)
+    steps, peaks, losses, first = {}, {}, {}, {}
+    for backend, run in runs(name, backends).items():
 
         def step(run: Loss = run) -> float:
             x.grad = student.weight.grad = None
@@ -96,13 +151,58 @@ def measure(name: str, scale: int, rounds: int, backends: list[str]) -> dict[str
             value.backward()
             return float(value.detach())
 
+        begin = time.perf_counter()
         losses[backend] = step()
+        first[backend] = time.perf_counter() - begin
         x.grad = student.weight.grad = None
         gradients = x.numel() * 4 + student.weight.numel() * 4
         peaks[backend] = peak_bytes(step) - gradients
         steps[backend] = step
     times = interleaved(steps, rounds)
-    return {"shape": [n, d, e, v], "seconds": times, "peaks": peaks, "losses": losses}
+    return {"shape": [n, d, e, v], "seconds": times, "peaks": peaks, "losses": losses, "first": first}
+
+
+def row(name: str, found: dict[str, Any], backends: list[str]) -> list[str]:
+    """A line of the table: times, peaks and first calls, and those of cce as parts of inductor's."""
+    seconds = {b: statistics.median(t) for b, t in found["seconds"].items()}
+    cells = [f"{seconds[b]:.2f} s" if b in seconds else "" for b in backends]
+    cells += [f"{found['peaks'][b] / 2**20:.0f} MiB" if b in seconds else "" for b in backends]
+    for values in (seconds, found["peaks"], found["first"]):
+        both = "cce" in values and "inductor" in values
+        cells.append(f"{values['cce'] / values['inductor']:.2f}" if both else "")
+    return [name, "x".join(map(str, found["shape"])), *cells]
+
+
+def reading(operations: int, rounds: int) -> float:
+    """Seconds that the pass takes for a graph of a head, that many operations on its logits and their sum: the median."""
+    found = []
+    for _ in range(rounds):
+        gm = chain(operations)
+        begin = time.perf_counter()
+        report, _ = apply(gm, Policy(min_vocab=0), Undo(gm))
+        found.append(time.perf_counter() - begin)
+        assert [r.tier for r in report.rewritten] == ["rows"]
+    return statistics.median(found)
+
+
+def chain(operations: int) -> GraphModule:
+    """That graph, with the example values that Dynamo's nodes carry."""
+    graph, (n, d, v) = Graph(), (64, 16, 1000)
+    z = graph.call_function(F.linear, tuple(graph.placeholder(name) for name in ("hidden", "weight")))
+    kinds: list[tuple[Any, tuple[Any, ...]]] = [
+        (torch.tanh, ()),
+        (torch.mul, (0.5,)),
+        (torch.add, (1.0,)),
+        (torch.softmax, (-1,)),
+        (torch.Tensor.view, (n, v)),
+    ]
+    for number in range(operations):
+        function, args = kinds[number % len(kinds)]
+        z = graph.call_function(function, (z, *args))
+    graph.output((graph.call_function(torch.mean, (graph.call_function(torch.logsumexp, (z, -1)),)),))
+    gm = GraphModule(nn.Module(), graph)
+    fakes.ensure(gm, [torch.empty(n, d, requires_grad=True), torch.empty(v, d)])
+    return gm
 
 
 def main(arguments: list[str]) -> None:
@@ -113,20 +213,23 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=int, default=1, help="divides every size, for a try")
+    parser.add_argument(
+        "--operations", type=int, default=2000, help="between a head and its loss, for the time of the pass"
+    )
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(arguments)
     names = args.backends.split(",")
     columns = [f"{b} {what}" for what in ("time", "memory") for b in names]
-    table = Table(
-        "loss", "shape", *columns, title=f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32"
-    )
+    columns += [f"cce/inductor {what}" for what in ("time", "memory", "first call")]
+    title = f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32"
+    table = Table("loss", "shape", *columns, title=title)
     found = {}
     for name in args.only.split(","):
         torch._dynamo.reset()
         found[name] = measure(name, args.scale, args.rounds, names)
-        seconds = [f"{statistics.median(found[name]['seconds'][b]):.2f} s" for b in names]
-        memory = [f"{found[name]['peaks'][b] / 2**20:.0f} MiB" for b in names]
-        table.add_row(name, "x".join(map(str, found[name]["shape"])), *seconds, *memory)
-    Console(width=160).print(table)
+        table.add_row(*row(name, found[name], names))
+    Console(width=200).print(table)
+    took = reading(args.operations, args.rounds)
+    print(f"the pass reads {args.operations:,} operations between a head and its loss in {took * 1e3:.0f} ms")
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps({**found, "reading": took}, indent=1))

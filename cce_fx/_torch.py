@@ -48,7 +48,8 @@ NAMES: dict[str, Private] = {
     "compile_fx": Private("torch._inductor.compile_fx:compile_fx", "inductor, with what compiles each of its graphs"),
     "compile_fx_inner": Private("torch._inductor.compile_fx:compile_fx_inner", "what that is"),
     "get_donated_idxs": Private(
-        "torch._inductor.utils:get_donated_idxs", "which saved tensors a backward may write to: no key of inductor's has them"
+        "torch._inductor.utils:get_donated_idxs",
+        "which saved tensors a backward may write to: no key of inductor's has them",
     ),
     "inductor_config": Private("torch._inductor:config", "which options are inductor's, for unknown ones"),
     "CustomGraphPass": Private(
@@ -118,7 +119,6 @@ NAMES: dict[str, Private] = {
         "torch.utils._python_dispatch:TorchDispatchMode", "sees the aten operations below a graph's functions"
     ),
     "tree_leaves": Private("torch.utils._pytree:tree_leaves", "tensors among arguments and results"),
-    "tree_map_only": Private("torch.utils._pytree:tree_map_only", "the same"),
     "throw_on_data_ptr": Private(
         "torch._C:_set_throw_on_mutable_data_ptr", "an error where C code wants the memory that a tensor has none of"
     ),

@@ -20,14 +20,13 @@ from .options import Options
 from .passes.autocast import autocast_at
 from .passes.canonical import canonical
 from .passes.decide import illegal_head
-from .passes.fakes import WouldGuard
 from .passes.faults import Undo
 from .passes.policy import Policy
 from .passes.registry import BEGINNERS
 from .passes.rewriter import erase_unused
 from .passes.sharded import sharded_nodes
 from .passes.trace import Trace, storage_of
-from .passes.values import Form, LogitsView, output_of, value_of
+from .passes.values import Form, LogitsView, example_size, output_of, value_of
 
 
 @dataclass(frozen=True)
@@ -180,8 +179,9 @@ def _sources(wanted: tuple[Node, ...], inputs: list[Node], results: list[Any]) -
 
 def _layout(node: Node, view: LogitsView) -> tuple[bool, int, torch.dtype]:
     value = value_of(node)
-    rowwise = not view.hidden.steps and view.class_dim == len(view.shape) - 1 and value.is_contiguous()
-    return rowwise, view.classes, value.dtype
+    fixed = isinstance(view.classes, int)
+    rowwise = fixed and not view.hidden.steps and view.class_dim == len(view.shape) - 1 and value.is_contiguous()
+    return rowwise, view.classes if fixed else 0, value.dtype
 
 
 def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], policy: Policy) -> bool:
@@ -204,11 +204,8 @@ _MULTIPLY = {*(name for name in BEGINNERS if isinstance(name, str)), "cat"} - {"
 
 
 def _is_large(view: LogitsView, policy: Policy) -> bool:
-    least = max(LARGE_VOCAB, view.hidden_size + 1) if policy.min_vocab is None else policy.min_vocab
-    try:
-        return bool(view.classes >= least)
-    except WouldGuard:  # a number of classes that is a symbol
-        return False
+    least = max(LARGE_VOCAB, example_size(view.hidden_size) + 1) if policy.min_vocab is None else policy.min_vocab
+    return example_size(view.classes) >= least
 
 
 def _only_output(node: Node, output: Node, found: Trace) -> bool:

@@ -157,7 +157,7 @@ def _rows(hidden, weight, rows, shared, program, workspace, compiled):  # type: 
         compiled: whether inductor compiles a block.
     """
     blocks = _Blocks(hidden, weight, rows, shared, workspace)
-    outputs = _empty_outputs(hidden[0], program)
+    outputs = _empty_outputs(hidden, weight, rows, shared, program)
     for part, made in blocks.made(program, None, compiled):
         _put(outputs, part, made)
     return outputs
@@ -169,13 +169,17 @@ def _put(outputs: Sequence[Tensor], part: slice, made: Sequence[Tensor]) -> None
         whole[part] = value[: part.stop - part.start]
 
 
-def _empty_outputs(hidden: Tensor, text: str) -> list[Tensor]:
-    outputs = RowProgram.of(text).outputs
-    return [hidden.new_empty((hidden.shape[0], *o.shape), dtype=getattr(torch, o.dtype)) for o in outputs]
+def _empty_outputs(hidden: Any, weight: Any, rows: Any, shared: Any, text: str) -> list[Tensor]:
+    program, first = RowProgram.of(text), hidden[0]
+    shapes = program.output_shapes(weight, rows, shared)
+    return [
+        first.new_empty((first.shape[0], *shape), dtype=getattr(torch, o.dtype))
+        for o, shape in zip(program.outputs, shapes, strict=True)
+    ]
 
 
 def _rows_fake(hidden, weight, rows, shared, program, workspace, compiled):  # type: ignore[no-untyped-def]
-    return _empty_outputs(hidden[0], program)
+    return _empty_outputs(hidden, weight, rows, shared, program)
 
 
 class _Gradients:
@@ -299,7 +303,7 @@ def _with_grads(hidden, weight, rows, shared, coefficients, needs, program, work
     `coefficients` (N, *shape) are one for each differentiable output. The rest is as in `cce::rows` and its backward.
     """
     blocks = _Blocks(hidden, weight, rows, shared, workspace)
-    found, outputs = _Gradients(blocks, needs), _empty_outputs(hidden[0], program)
+    found, outputs = _Gradients(blocks, needs), _empty_outputs(hidden, weight, rows, shared, program)
     for part, made in blocks.made(program, found.needs, compiled, coefficients):
         _put(outputs, part, made)
         found.add(part, made[len(outputs) :])
@@ -312,7 +316,7 @@ def _with_grads(hidden, weight, rows, shared, coefficients, needs, program, work
 def _with_grads_fake(hidden, weight, rows, shared, coefficients, needs, program, workspace, compiled):  # type: ignore[no-untyped-def]
     total = hidden[0].new_empty((), dtype=statistics_dtype(hidden[0].dtype))
     grads = _backward_fake(coefficients, hidden, weight, rows, shared, needs, program, workspace, compiled)
-    return [total, *_empty_outputs(hidden[0], program), *grads]
+    return [total, *_empty_outputs(hidden, weight, rows, shared, program), *grads]
 
 
 rows_with_grads: OpOverload = define(

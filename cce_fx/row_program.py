@@ -2,7 +2,8 @@
 """A row program: what a loss does with one row of a head's logits, as text, and as a function of a block of rows.
 
 The text is the argument of the operators in `row_op.py`: compiled graphs that hold it can be kept on disk. It is JSON with
-the operations in order; a tensor is `{"head": n}`, `{"row": n}` (a value per row), `{"shared": n}` or `{"made": n}`.
+the operations in order; a tensor is `{"head": n}`, `{"row": n}` (a value per row), `{"shared": n}` or `{"made": n}`. A number
+that depends on a size that is not fixed is `{"size": [kind of input, its number, dimension, times, over, plus]}`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class Output:
     """One value per row that a program returns."""
 
     value: Any  # which one, as the text names it
-    shape: tuple[int, ...]  # of one row's
+    shape: tuple[Any, ...]  # of one row's
     dtype: str
     grad: bool  # whether a gradient flows through it
 
@@ -60,6 +61,8 @@ class RowProgram:
             ((kind, which),) = x.items()
             if kind == "dtype":
                 return getattr(torch, which)
+            if kind == "size":
+                return _size({k: _shapes(v) for k, v in inputs.items()}, which)
             if kind == "made":
                 return made[which[0]] if which[1] is None else made[which[0]][which[1]]
             return inputs[kind][which]
@@ -71,6 +74,14 @@ class RowProgram:
             made.append(operation(name)(*(value(a) for a in args), **named))
         return tuple(value(o.value) for o in self.outputs)
 
+    def output_shapes(
+        self, weight: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor]
+    ) -> list[tuple[Any, ...]]:
+        """The shape of one row's value of each output, for heads of the `weight` (V, D) and values (N, ...) of the rows."""
+        shapes = {"head": [w.shape[:1] for w in weight], "row": [r.shape[1:] for r in rows], "shared": _shapes(shared)}
+        number = lambda s: _size(shapes, s["size"]) if isinstance(s, dict) else s  # noqa: E731
+        return [tuple(map(number, o.shape)) for o in self.outputs]
+
     def block(self, heads: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs (n, ...) of n rows: of logits (n, V), values (n, ...) and shared tensors."""
         in_dims = ((0,) * len(heads), (0,) * len(rows), (None,) * len(shared))
@@ -78,6 +89,16 @@ class RowProgram:
         empty = tuple(d for d, g in zip(in_dims, given, strict=True) if g)
         run = lambda *parts: self.one_row(*_filled(parts, given))  # noqa: E731
         return torch.vmap(run, in_dims=empty)(*(g for g in given if g))
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
+    return [t.shape for t in tensors]
+
+
+def _size(shapes: dict[str, list[torch.Size]], reference: Sequence[Any]) -> Any:
+    """A number that depends on the size of an input."""
+    kind, which, dim, times, over, plus = reference
+    return shapes[kind][which][dim] * times // over + plus
 
 
 def _filled(parts: Sequence[Any], given: Sequence[Any]) -> list[Any]:

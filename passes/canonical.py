@@ -51,7 +51,7 @@ _ALIASES = {
 CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as")
 
 _NAMES = """
-linear matmul mm addmm bmm baddbmm einsum tensordot conv1d
+linear matmul mm addmm bmm baddbmm einsum tensordot conv1d conv2d conv3d
 view reshape flatten unflatten squeeze unsqueeze transpose permute movedim t swapaxes swapdims moveaxis getitem narrow
 select slice index_select roll view_as reshape_as expand masked_select rearrange
 contiguous clone alias detach to float double half bfloat16 type type_as _to_copy

@@ -17,7 +17,7 @@ from ..functional import DTYPES, makes_grads_in_forward
 from .memory import D, N, V, bytes_needed, bytes_saved
 from .policy import Policy
 from .sharded import has_divided_classes, has_sharded_head, is_sharded, refusal
-from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, value_of
+from .values import Candidate, Decline, LogitsView, LossSite, Reason, Result, example_size, same, value_of
 
 _SMALLEST_VOCAB = 32
 
@@ -28,7 +28,7 @@ def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) 
     refused = _illegal(candidate)
     if refused is not None:
         return refused
-    if view.classes < least_classes(view, policy):
+    if example_size(view.classes) < least_classes(view, policy):
         return Decline(Reason.SMALL, candidate.anchor, f"{view.classes} classes, hidden size {view.hidden_size}")
     if candidate.result is not Result.LOSS and any(n in needed for n in view.path):
         return Decline(Reason.USED, candidate.anchor)
@@ -41,9 +41,11 @@ def decide(candidate: Candidate, policy: Policy, needed: Collection[Node] = ()) 
     )
 
 
-def least_classes(view: LogitsView, policy: Policy) -> Any:
+def least_classes(view: LogitsView, policy: Policy) -> int:
     """How many classes a head has at least that is worth it."""
-    return max(view.hidden_size, _SMALLEST_VOCAB) + 1 if policy.min_vocab is None else policy.min_vocab
+    if policy.min_vocab is not None:
+        return policy.min_vocab
+    return max(example_size(view.hidden_size), _SMALLEST_VOCAB) + 1
 
 
 def illegal_head(view: LogitsView) -> Decline | None:
@@ -73,8 +75,12 @@ def _illegal(candidate: Candidate) -> Decline | None:
     if any(isinstance(a, int) and isinstance(b, int) and a != b for a, b in zip(target.shape, rows, strict=True)):
         return Decline(Reason.TARGET, candidate.anchor, f"targets {tuple(target.shape)} for rows {rows}")
     weight = candidate.class_weight
-    if weight is not None and tuple(value_of(weight).shape) != (view.classes,):
+    if weight is not None and value_of(weight).dim() != 1:
         return Decline(Reason.OPTION, candidate.anchor, "class weights that are not one per class")
+    if weight is not None and not same(value_of(weight).shape[0], view.classes):
+        fixed = isinstance(view.classes, int) and isinstance(value_of(weight).shape[0], int)
+        reason = Reason.OPTION if fixed else Reason.DYNAMIC
+        return Decline(reason, candidate.anchor, "class weights that are not one per class")
     return None
 
 

@@ -10,7 +10,7 @@ from torch.fx import GraphModule, Node
 # Modules that heads, losses and what lies between them are made of. Each is a line or two of functions.
 _KNOWN = (
     nn.Linear, nn.Identity, nn.Flatten, nn.Unflatten, nn.Tanh, nn.Softmax, nn.LogSoftmax, nn.CrossEntropyLoss, nn.NLLLoss,
-    nn.Conv1d,
+    nn.Conv1d, nn.Conv2d, nn.Conv3d,
 )  # fmt: skip
 
 

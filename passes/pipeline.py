@@ -20,7 +20,7 @@ from .decide import decide
 from .faults import Fault, Undo, failed, stage
 from .modules import inline_known
 from .policy import Policy
-from .programs.tier import Cut, cut_rows
+from .programs.tier import RowPrograms, cut_rows
 from .registry import rules_text
 from .report import Declined, Report, Rewritten
 from .rewriter import erase_unused, logits_use, rewrite_site
@@ -62,13 +62,13 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
             erase_unused(gm.graph, list(reversed(found.views)))
             gm.graph.lint()
             gm.recompile()
-    cuts: list[Cut] = []
+    rows = RowPrograms()
     if policy.tiers == "all":
         with stage("row programs", output_of(gm.graph)):
-            cuts, within = cut_rows(gm, found, policy, undo)
-        declines = [d for d in declines if d.node not in within]
+            rows = cut_rows(gm, found, policy, undo)
+            declines = rows.declines(declines)
     report.rewritten += [Rewritten.of(site, logits_use(site.candidate.view)) for site in done]
-    report.rewritten += [cut.reported() for cut in cuts]
+    report.rewritten += [cut.reported() for cut in rows.cuts]
     report.declined += [Declined.of(d) for d in declines]
     for body in _bodies(gm, found):
         # A checkpoint runs its body twice: gradients made in the first run would be thrown away.

@@ -127,6 +127,11 @@ def head_operands(builder: Builder, view: LogitsView) -> tuple[Any, Any]:
     return hidden, weight
 
 
+def size_of(size: Any, x: Any, dim: int) -> Any:
+    """A size of a proxy, itself where it is a number: what is written into a graph holds no symbol."""
+    return size if isinstance(size, int) else x.size(dim)
+
+
 def logits_of(view: LogitsView, dtype: torch.dtype, hidden: Any, weight: Any, bias: Any) -> Any:
     """A view's value (..., V) in `dtype` for some of its rows, of tensors or of proxies."""
     return _FORMS[view.form](after_product(view, dtype, torch.nn.functional.linear(hidden, weight, bias)))
@@ -162,7 +167,7 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
     if has_sharded_head(view):
         return _write_sharded(builder, site, policy)
     shaped, weight, bias = _operands(builder, view, view.bias_dtype)
-    hidden = shaped if len(view.shape) == 2 else torch.reshape(shaped, (-1, view.hidden_size))
+    hidden = shaped if len(view.shape) == 2 else torch.reshape(shaped, (-1, size_of(view.hidden_size, weight, 1)))
     class_weight = None if candidate.class_weight is None else builder.proxy(candidate.class_weight)
     kernel = KernelSpec(
         needs=None if site.needs is None else Needs(*site.needs),
@@ -177,7 +182,8 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
         target = builder.proxy(candidate.target)
         rows = target if value_of(candidate.target).dim() == 1 else torch.reshape(target, (-1,))
     if candidate.result is Result.LOSS:
-        out = site_loss(hidden, weight, bias, rows, class_weight, view.classes, dtype, loss, kernel)
+        classes = size_of(view.classes, weight, 0)
+        out = site_loss(hidden, weight, bias, rows, class_weight, classes, dtype, loss, kernel)
         if loss.reduction == "none" and len(view.shape) != 2:
             out = out.reshape_as(target)
     else:
@@ -214,7 +220,9 @@ def _rows(builder: Builder, candidate: Candidate, head: tuple[Any, ...], kernel:
         if result is Result.PROB:
             return torch.exp(-nll)
         if result is Result.LOG_PROB or summed:
-            out = nll if result is Result.LOG_PROB else smooth if result is Result.SUM_LOG else smooth / view.classes
+            if result is Result.MEAN_LOG:
+                smooth = smooth / size_of(view.classes, weight, 0)
+            out = nll if result is Result.LOG_PROB else smooth
             return out if candidate.negated else -out
         out = lse
     if shift is not None:

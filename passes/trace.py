@@ -19,7 +19,7 @@ from .fakes import WouldGuard
 from .faults import stage
 from .registry import BEGINNERS, RULES, Call, Outcome
 from .rules.elementwise import detached
-from .values import Candidate, Decline, LogitsView, Reason, value_of
+from .values import Candidate, Decline, LogitsView, Reason, example_size, value_of
 
 # Consumers of logits by which a user watches their gradient, which a rewritten loss does not pass through them.
 _HOOKS = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
@@ -107,7 +107,7 @@ def _outcome(found: Trace, node: Node, name: Any) -> Outcome:
 def _is_head(found: Trace, node: Node) -> bool:
     """Whether a node's input is a view with more classes than hidden dimensions, and so no router or gate."""
     views = [found.views[n] for n in node.all_input_nodes if n in found.views]
-    return any(isinstance(v.classes, int) and v.classes > v.hidden_size for v in views)
+    return any(example_size(v.classes) > example_size(v.hidden_size) for v in views)
 
 
 def _hashable(name: object) -> bool:

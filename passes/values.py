@@ -28,6 +28,8 @@ class Reason(enum.Enum):
     NO_RULE = "an operation between the linear layer and the loss has no rule"
     CLASS_DIM = "the loss is taken over a dimension that is not the vocabulary"
     CLASS_MIXED = "the vocabulary dimension is reshaped, cut or mixed on the way to the loss"
+    ROWS_MIXED = "rows of the logits are mixed with each other on the way to the loss"
+    OWN_GRADIENT = "an autograd.Function between the linear layer and the loss has a gradient of its own"
     PROBABILITIES = "the target holds class probabilities, not class indices"
     TARGET = "the target is not an int64 tensor of one class index per row"
     CLASS_WEIGHT_GRAD = "the class weights require grad, which cross entropy does not differentiate"
@@ -39,7 +41,7 @@ class Reason(enum.Enum):
     )
     SMALL = "the logits are too small to be worth it"
     NO_META = "the shapes in the graph are not known; pass example inputs"
-    DYNAMIC = "the hidden size, the number of classes or a size that must equal another is not fixed in the graph"
+    DYNAMIC = "the number of classes, or whether a size equals another, is not known before the graph runs"
     TRANSFORM = "a transform of torch.func, or forward-mode differentiation, is active where the loss is taken"
     USED = "the logits are needed for something else as well, so leaving them out of this saves nothing"
     OPTION = "an argument of the loss is not a constant, or has a value that the loss itself would refuse"
@@ -51,6 +53,8 @@ ADVICE = {
     Reason.NO_RULE: "move the operation onto hidden or after the loss, or give it a rule with cce_fx.passes.rule",
     Reason.CLASS_DIM: "give the loss the vocabulary as its class dimension: (N, V) or (B, V, T)",
     Reason.CLASS_MIXED: "keep the vocabulary whole up to the loss, or take a leading slice of it",
+    Reason.ROWS_MIXED: "reduce each row to few numbers first, and mix those",
+    Reason.OWN_GRADIENT: "write it as plain operations, whose gradient is made anyway",
     Reason.PROBABILITIES: "pass class indices where you can, with label_smoothing for uniform noise",
     Reason.TARGET: "pass one int64 class index for each row",
     Reason.CLASS_WEIGHT_GRAD: "detach the class weights",
@@ -60,7 +64,7 @@ ADVICE = {
     Reason.SUBCLASS: "nothing to do: such heads run as they were",
     Reason.SMALL: "nothing to do; options={'min_vocab': 0} cuts it all the same",
     Reason.NO_META: "pass example_inputs",
-    Reason.DYNAMIC: "make the weight a parameter of the model, or leave dynamic=True out",
+    Reason.DYNAMIC: "give the head a weight whose size the graph's inputs tell, or leave dynamic=True out",
     Reason.TRANSFORM: "nothing to do: such losses run as they were; take gradients by autograd instead where you can",
     Reason.USED: "drop the other use, or compute it from hidden",
     Reason.OPTION: "make the argument a Python constant",
@@ -161,6 +165,11 @@ def _between(x: Any, start: int, stop: int) -> Any:
     return x[start:stop]
 
 
+def _first(x: Any, dim: int, like: Any) -> Any:
+    # By their numbers: a slice would ask whether there are as many.
+    return x.index_select(dim, torch.arange(like.size(dim), device=value_of(like.node).device))
+
+
 @dataclass(frozen=True)
 class LogitsView:
     """A node's value as a function of a head.
@@ -175,7 +184,7 @@ class LogitsView:
     weight: Operand  # (V, D)
     bias: Operand | None  # (V,)
     dtype: torch.dtype  # in which the program multiplies
-    hidden_size: int  # D
+    hidden_size: Any  # D, an int or a SymInt
     class_dim: int
     shape: tuple[Any, ...]
     epilogue: Epilogue = field(default_factory=Epilogue)
@@ -228,6 +237,26 @@ class LogitsView:
             class_dim=class_dim,
             shape=tuple(value_of(node).shape),
         ).at(node)
+
+    def facing(self, dim: int) -> LogitsView | None:
+        """This view with its classes along `dim`: itself, or of a product without bias the other way round, whose classes are
+        the rows of this one. None where it cannot be turned."""
+        if dim % len(self.shape) == self.class_dim:
+            return self
+        if len(self.shape) != 2 or self.bias is not None or self.form is not Form.LOGITS:
+            return None
+        rows = self.hidden if self.class_dim == 1 else self.hidden.then("t", torch.t)
+        hidden = self.weight if self.class_dim == 0 else self.weight.then("t", torch.t)
+        return replace(self, hidden=hidden, weight=rows, class_dim=1 - self.class_dim)
+
+    def first_rows(self, given: dict[int, Node]) -> LogitsView:
+        """This view of as many first rows, along some dimensions, as a tensor has there."""
+        view = self
+        for dim, node in given.items():
+            size = value_of(node).shape[dim]
+            shape = (*view.shape[:dim], size, *view.shape[dim + 1 :])
+            view = replace(view, hidden=view.hidden.then("first", _first, dim, node), shape=shape)
+        return view
 
     def at(self, node: Node, **changes: Any) -> LogitsView:
         """This view as the value of `node`, the next one on its path, with fields changed."""
@@ -290,9 +319,31 @@ def output_of(graph: Graph) -> Node:
 
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for certain, without a guard."""
-    if isinstance(a, int) and isinstance(b, int):
-        return a == b
-    return bool(statically_known_true(a == b))
+    return known(a == b)
+
+
+def known(condition: Any) -> bool:
+    """Whether a condition on sizes holds for certain, without a guard."""
+    return condition if isinstance(condition, bool) else bool(statically_known_true(condition))
+
+
+def constant(value: Any) -> Any:
+    """A number that a graph is made for, of a symbol that it has fixed or of itself; anything else as it is.
+
+    Dynamo fixes what a function of torch asks a number's value of, and leaves the symbol in the graph.
+    """
+    number = value_of(value)
+    if isinstance(number, (torch.SymInt, torch.SymFloat)) and number.node.expr.is_number:
+        return (int if isinstance(number, torch.SymInt) else float)(number.node.expr)
+    return value
+
+
+def example_size(size: Any) -> int:
+    """A size, that of the example where it is a symbol, or 0 where not even the example has one.
+
+    To ask what is worth it, and not what is right: no guard comes of it.
+    """
+    return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
 def source_line(node: Node) -> str:

@@ -276,6 +276,33 @@ def a_target_made_late(h: Heads, d: Data) -> tuple[Tensor, Tensor]:
     return F.cross_entropy(z, d.y.roll(1)), large
 
 
+@loss
+def classes_as_rows(h: Heads, d: Data) -> Tensor:
+    z = d.x @ h.s.weight.t()
+    p = z.softmax(0)
+    return (p * p).sum(0).log().mean() + z.tanh().pow(2).sum(-1).mean()
+
+
+@loss
+def pairs_in_both_directions(h: Heads, d: Data) -> Tensor:
+    z = d.x @ h.s.weight[: d.x.size(0)].t()
+    pairs = torch.eye(z.size(0), dtype=z.dtype)
+    return -(pairs * (z.softmax(0).log() + 0.0)).sum() - (pairs * z.tanh().log_softmax(1)).sum()
+
+
+@mixed
+def both_directions_at_once(h: Heads, d: Data) -> Tensor:
+    z = h.s(d.x)
+    return (z.softmax(0) * z.softmax(1)).sum(-1).mean()
+
+
+@mixed
+def turned_after_a_change(h: Heads, d: Data) -> Tensor:
+    z = h.s(d.x)
+    z.mul_(2.0)
+    return z.log_softmax(0).pow(2).sum(0).mean()
+
+
 @mixed
 def softmax_over_rows(h: Heads, d: Data) -> Tensor:
     return (h.s(d.x).softmax(0) ** 2).sum(-1).mean()

@@ -25,7 +25,7 @@ from ..passes import Policy, fakes
 from ..passes.autocast import under, written_under
 from ..passes.faults import Fault, Undo, failed, stage
 from ..passes.pipeline import apply
-from ..passes.programs.stretch import primes
+from ..passes.programs.sizes import primes
 from ..passes.programs.tier import rows_of
 from ..passes.trace import trace
 from ..passes.values import output_of, value_of

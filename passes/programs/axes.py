@@ -21,6 +21,10 @@ class RowsMixed(NotByRows):
     """An operation of a stretch that makes a row depend on others."""
 
 
+class OwnGradient(NotByRows):
+    """An operation of a stretch whose gradient is not what follows from its forward."""
+
+
 @dataclass(eq=False)
 class Axis:
     """Places that are kept apart from one operation to the next."""

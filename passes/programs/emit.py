@@ -13,8 +13,8 @@ from torch.fx import Node
 
 from ...functional import Output, RowProgram
 from ..values import Operand
-from .axes import Axis, Dim, NotByRows, distinct, is_row, others_in, resolved, rows_in
-from .record import Aligned, At, Chosen, Head, Leaf, Made, Order, Places, Product, Shape, Value
+from .axes import Axis, Dim, NotByRows, RowsMixed, distinct, is_row, others_in, resolved, rows_in, size_of
+from .record import Aligned, At, Chosen, Head, Leaf, Made, Order, Places, Product, Shape, Turned, Value
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,30 @@ class Emitted:
 
     rows: tuple[Axis, ...]  # the row axes, outermost first
     row_dims: tuple[Dim, ...]  # of a head's logits without their classes
-    heads: list[Node] = field(default_factory=list)
+    heads: list[Node | Turned] = field(default_factory=list)
     row_inputs: list[RowInput] = field(default_factory=list)
     shared: list[Node | Operand] = field(default_factory=list)
     flows: set[Any] = field(default_factory=set)  # those of the heads and inputs to which a gradient flows
     program: RowProgram = field(default_factory=lambda: RowProgram((), ()))
+    classes: list[int] = field(default_factory=list)  # of the heads
+    shared_dims: list[Sequence[Dim]] = field(default_factory=list)
+    output_dims: list[Sequence[Dim]] = field(default_factory=list)
+    sizes: dict[Axis, Any] = field(default_factory=dict)  # a `Size` for each axis whose size is not fixed, but for rows
+
+    def reads(self) -> Any:
+        """What a program reads."""
+        return self.heads, [r.node for r in self.row_inputs], self.shared
+
+    def input_sizes(self) -> list[tuple[tuple[str, int, int], int]]:
+        """The sizes of what one row of a program reads, by kind of input, number and dimension."""
+        shapes = [("head", [(size,) for size in self.classes]), ("row", [r.shape for r in self.row_inputs])]
+        shapes.append(("shared", [tuple(map(size_of, dims)) for dims in self.shared_dims]))
+        return [
+            ((kind, n, d), size)
+            for kind, given in shapes
+            for n, shape in enumerate(given)
+            for d, size in enumerate(shape)
+        ]
 
 
 def kept(dims: Sequence[Dim]) -> list[int]:
@@ -67,7 +86,7 @@ def emit(outputs: Sequence[Value]) -> Emitted:
     known = {id(axis) for axis in rows}
     for value in order:
         if not distinct(value.dims):
-            raise NotByRows("rows lie along two dimensions of one tensor")
+            raise RowsMixed("rows lie along two dimensions of one tensor")
         if any(id(axis) not in known for axis in row_axes(value.dims)):
             raise NotByRows("heads with different rows")
     if any(row_axes(v.dims) != list(rows) for v in heads):
@@ -81,6 +100,7 @@ def emit(outputs: Sequence[Value]) -> Emitted:
         Output(writer.named(v), row_shape(v.dims), str(v.dtype).removeprefix("torch."), v.grad) for v in outputs
     )
     found.program = RowProgram(tuple(writer.code), returned)
+    found.output_dims = [v.dims for v in outputs]
     return found
 
 
@@ -147,6 +167,8 @@ class _Writer:
             return
         if isinstance(source, Head):
             self.inputs[key] = self._names[key] = {"head": _index(self.found.heads, source.node)}
+            if len(self.found.classes) < len(self.found.heads):
+                self.found.classes.append(size_of(value.dims[-1]))
             shape = list(row_shape(value.dims))
             if len(shape) > 1:  # rows of one, which are dimensions like others
                 self._names[key] = self._append("aten.reshape.default", [self._names[key], shape], {})
@@ -169,7 +191,10 @@ class _Writer:
     def _leaf(self, node: Node | Operand | None, dims: Sequence[Dim]) -> Any:
         if not row_axes(dims):
             assert node is not None
-            return {"shared": _index(self.found.shared, node)}
+            number = _index(self.found.shared, node)
+            if len(self.found.shared_dims) < len(self.found.shared):
+                self.found.shared_dims.append(dims)
+            return {"shared": number}
         return {"row": _index(self.found.row_inputs, RowInput(node, tuple(map(resolved, dims)), row_shape(dims)))}
 
     def _places(self, value: Value) -> Any:

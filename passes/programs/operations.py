@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ..._torch import OpOverload
-from .axes import Dim, NotByRows, fresh, join, mix, regrouped, resolved, size_of
+from .axes import Dim, NotByRows, fresh, join, mix, regrouped, resolved, rows_in, size_of
 from .record import PRODUCTS, Aligned, At, Call, Chosen, Made, Order, Places, Product, Shape, Value, name_of
 
 RULES: dict[str, Callable[[Call], list[Value]]] = {}
@@ -367,7 +367,7 @@ def diagonal(call: Call) -> list[Value]:
     value, fake = call["self"], call.out[0]
     if len(value.dims) != 2 or call["offset"] != 0 or fake.shape[0] != _sizes(value)[0]:
         raise NotByRows("a diagonal that is not of each row's own class")
-    d = call["dim1"] % 2
+    d = 1 if rows_in(value.dims[1]) else 0
     rows, classes = value.dims[d], value.dims[1 - d]
     mix(classes, call.name)
     places = Aligned(Value([rows], torch.int64, Places()), [rows])

@@ -8,6 +8,8 @@ until the stretch ends, a dimension may still turn out to be rows.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,18 +25,23 @@ from ..._torch import (
     TorchDispatchMode,
     decomposition_table,
     disable_modes,
-    tree_leaves,
-    tree_map_only,
 )
 from ..values import Operand
-from .axes import Dim, NotByRows, distinct
+from .axes import Dim, NotByRows, RowsMixed, distinct
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A head whose rows are the classes of a product, and its classes the rows."""
+
+    node: Node
 
 
 @dataclass(frozen=True, eq=False)
 class Head:
     """The product of a head: one of the program's inputs, made for some rows at a time."""
 
-    node: Node
+    node: Node | Turned
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,9 +130,12 @@ PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv")
 class Recorder(TorchDispatchMode):
     """Notes what is done to fake tensors while it is the current mode."""
 
-    def __init__(self, rules: dict[str, Callable[..., Any]], is_pointwise: Callable[[OpOverload], bool]) -> None:
+    def __init__(
+        self, rules: dict[str, Callable[..., Any]], is_pointwise: Callable[[OpOverload], bool], autocast: bool
+    ) -> None:
         super().__init__()
-        self.fake_mode: FakeTensorMode = FakeTensorMode()
+        # Fakes are tensors on meta, which are made in a tenth of the time; but autocast asks for a device.
+        self._fake_mode: FakeTensorMode | None = FakeTensorMode() if autocast else None
         self._rules = rules
         self._is_pointwise = is_pointwise
         self._values: dict[int, Value] = {}
@@ -135,17 +145,28 @@ class Recorder(TorchDispatchMode):
             int, tuple[Tensor, Any, tuple[Any, ...]]
         ] = {}  # of what, by which operation, and its arguments
         self._memory: dict[int, list[int]] = {}  # fakes by their storage
+        self._known: dict[Any, Any] = {}  # results of operations, by the kinds of their arguments
         self.products: int = 0  # how many were recorded
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a function of a graph returns for arguments in which tensors are fake."""
-        with torch.no_grad(), self.fake_mode, self:
+        with torch.no_grad(), self._fake_mode or contextlib.nullcontext(), self:
             return function(*args, **kwargs)
+
+    def empty(
+        self, like: Tensor, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
+    ) -> Tensor:
+        """A fake of some shape, on the device of another tensor."""
+        with self._fake_mode or contextlib.nullcontext():
+            device = like.device if self._fake_mode else torch.device("meta")
+            if stride is None:
+                return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
     def enter(self, fake: Tensor, value: Value) -> Tensor:
         """Make a tensor known."""
         if not distinct(value.dims):
-            raise NotByRows("rows lie along two dimensions of one tensor")
+            raise RowsMixed("rows lie along two dimensions of one tensor")
         self._values[id(fake)] = value
         self._kept.append(fake)
         self._memory.setdefault(_memory_of(fake), []).append(id(fake))
@@ -157,7 +178,7 @@ class Recorder(TorchDispatchMode):
             raise NotByRows(self._changed[id(fake)])
         if id(fake) not in self._values:
             constant = fake if type(fake) is Tensor else getattr(fake, "constant", None)
-            if constant is None or constant.dim():
+            if constant is None or constant.dim() or constant.device.type == "meta":
                 raise NotByRows("a constant tensor of the program's own")
             with disable_modes():
                 number = constant.item()
@@ -178,9 +199,12 @@ class Recorder(TorchDispatchMode):
         return Value(list(dims), fake.dtype, source, index, grad and fake.dtype.is_floating_point)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if (not _tensors(out) and not _tensors((args, kwargs))) or func.namespace == "prim":
+        kwargs, given = kwargs or {}, _tensors((args, kwargs))
+        if self._fake_mode is None and (kwargs.get("device") is not None or (not given and _makes(func))):
+            kwargs = {**kwargs, "device": torch.device("meta")}
+        out = self._result(func, args, kwargs)
+        made = _tensors(out)
+        if (not made and not given) or func.namespace == "prim":
             return out
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotByRows(f"`{func}` draws random numbers")
@@ -188,12 +212,30 @@ class Recorder(TorchDispatchMode):
             self._write(func, args, kwargs)
             return out
         values = self._recorded(func, args, kwargs, out)
-        for fake, value in zip(_tensors(out), values, strict=True):
-            if not any(fake is t for t in _tensors((args, kwargs))):
+        for fake, value in zip(made, values, strict=True):
+            if not any(fake is t for t in given):
                 self.enter(fake, value)
                 if func.is_view and fake is out:
                     self._views[id(fake)] = (args[0], func, args[1:])
         return out
+
+    def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation returns. Of one tensor, not a view, it is remembered for arguments of the same kinds."""
+        if self._fake_mode is not None or func.is_view or func._schema.is_mutable:
+            return func(*args, **kwargs)
+        key = func, _kinds(args), _kinds(kwargs)
+        try:
+            known = self._known.get(key)
+        except TypeError:  # an argument without a hash
+            return func(*args, **kwargs)
+        if known is None:
+            out = func(*args, **kwargs)
+            plain = type(out) is Tensor and out.device.type == "meta" and not any(out is t for t in _tensors(args))
+            if plain and out._base is None:
+                self._known[key] = (out.shape, out.stride(), out.dtype)
+            return out
+        shape, stride, dtype = known
+        return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
     def _recorded(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> list[Value]:
         name = name_of(func)
@@ -206,7 +248,7 @@ class Recorder(TorchDispatchMode):
         if rule is None and self._is_pointwise(func):
             rule = self._rules["pointwise"]
         if rule is not None:
-            args, kwargs = tree_map_only(Tensor, self.value, (args, kwargs))
+            args, kwargs = _replaced(args, self.value), _replaced(kwargs, self.value)
             return list(rule(Call(self, func, args, kwargs, _tensors(out))))
         decomposition = decomposition_table.get(func, func.decompose)
         with self:
@@ -260,6 +302,12 @@ def _written_back(view: OpOverload, whole: Tensor, part: Tensor, rest: tuple[Any
     raise NotByRows(f"a part of a tensor, by `{name}`, is written to")
 
 
+@functools.cache
+def _makes(func: OpOverload) -> bool:
+    """Whether an operation makes a tensor on a device that it is told."""
+    return any(a.name == "device" for a in func._schema.arguments)
+
+
 def name_of(func: OpOverload) -> str:
     """An operation's name without its overload."""
     return str(func.overloadpacket.__name__)
@@ -270,7 +318,41 @@ def _memory_of(fake: Tensor) -> int:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(tree) if isinstance(t, Tensor)]
+    """The tensors among arguments, or results, of aten operations: by hand, since torch's trees take longer than all else."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    if isinstance(tree, dict):
+        tree = tree.values()
+    elif not isinstance(tree, (tuple, list)):
+        return []
+    return [t for x in tree for t in _tensors(x)]
+
+
+def _replaced(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Such arguments with the tensors replaced."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, (tuple, list)):
+        return type(tree)([_replaced(x, function) for x in tree])
+    return {k: _replaced(v, function) for k, v in tree.items()} if isinstance(tree, dict) else tree
+
+
+def _kinds(argument: Any) -> Any:
+    """What the shape, strides and dtype of a result depend on: those of tensors, and everything else."""
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    if isinstance(argument, (tuple, list)):
+        return tuple(_kinds(a) for a in argument)
+    if isinstance(argument, dict):
+        return tuple((k, _kinds(v)) for k, v in argument.items())
+    return type(argument), argument
+
+
+def values_in(argument: Any) -> list[Value]:
+    """The values among the arguments of an operation as its rule sees them."""
+    if isinstance(argument, Value):
+        return [argument]
+    return [v for x in argument for v in values_in(x)] if isinstance(argument, (list, tuple)) else []
 
 
 class Call:
@@ -289,7 +371,7 @@ class Call:
     @property
     def values(self) -> list[Value]:
         """Every tensor among the arguments."""
-        return [v for v in tree_leaves(self.arguments) if isinstance(v, Value)]
+        return [v for argument in self.arguments.values() for v in values_in(argument)]
 
     def __getitem__(self, name: str) -> Any:
         return self.arguments[name]

@@ -7,55 +7,29 @@ it, the node stays in the graph, and what it reads of the stretch has to come ou
 
 from __future__ import annotations
 
+import contextlib
+import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
-import sympy
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..._torch import HigherOrderOperator, tree_leaves, tree_map
+from ..._torch import FakeTensorMode, HigherOrderOperator, tree_leaves, tree_map
 from ..autocast import autocast_at, under
 from ..canonical import canonical, mutated_arguments
+from ..decide import row_count
 from ..rewriter import after_product
 from ..trace import Trace
-from ..values import Form, LogitsView, value_of
-from .axes import Axis, Dim, NotByRows, fresh, rows_in
+from ..values import Form, LogitsView, Reason, constant, value_of
+from .axes import Axis, Dim, NotByRows, OwnGradient, RowsMixed, fresh, rows_in
 from .emit import row_axes, row_shape
+from .found import REASONS, Exit, Large, Stretch
+from .numbers import ARITHMETIC, of_numbers, spelling
 from .operations import RULES, is_pointwise
-from .record import Head, Leaf, Recorder, Value
+from .record import Head, Leaf, Recorder, Turned, Value
 from .split import Split, reduced, split_of
-
-
-@dataclass(frozen=True)
-class Exit:
-    """A value that leaves a stretch: a node's, or what a node's reduction is made of."""
-
-    node: Node
-    value: Value
-    split: Split | None = None
-    first: Node | None = None  # the first node that reads it
-
-
-@dataclass
-class Stretch:
-    """The nodes of a graph that may be row programs."""
-
-    heads: dict[Node, LogitsView] = field(default_factory=dict)
-    inside: list[Node] = field(default_factory=list)
-    pulled: list[Node] = field(default_factory=list)  # nodes beside it that it makes for itself, of less than logits
-    exits: list[Exit] = field(default_factory=list)
-    refused: dict[Node, str] = field(default_factory=dict)  # why a node that reads a stretch is not in it
-
-
-class _Large(Exception):
-    """Heads whose logits something outside the stretch needs."""
-
-    def __init__(self, heads: set[Node], node: Node, why: str) -> None:
-        super().__init__(why)
-        self.heads, self.node = heads, node
 
 
 def stretch_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any]) -> Stretch:
@@ -67,27 +41,43 @@ def stretch_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes:
         found: what else the graph holds: views whose rows were moved, and nodes under transforms.
         sizes: a number for a size that is a symbol.
     """
-    best = _stretch_of(graph, heads, found, sizes, pulls=True)
-    if len(best.heads) < len(heads):
-        # What is made for each row anew may be what does not fit.
-        other = _stretch_of(graph, heads, found, sizes, pulls=False)
-        best = other if len(other.heads) > len(best.heads) else best
-    return best
+    with _quiet():
+        best = _stretch_of(graph, heads, found, sizes, pulls=True)
+        if any(node not in best.heads for node in heads):
+            # What is made for each row anew may be what does not fit.
+            other = _stretch_of(graph, heads, found, sizes, pulls=False)
+            best = max(best, other, key=lambda s: sum(node in s.heads for node in heads))
+        return best
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Torch logs what fails on fake tensors as errors; here it is how an operation says that it does not fit."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> Stretch:
-    left, refused = dict(heads), {}
+    left, refused, reasons = dict(heads), {}, {}
     while left:
         reader = _Reader(graph, left, trace, sizes, pulls)
         try:
             found = reader.read()
-        except _Large as large:
+        except Large as large:
             refused[large.node] = str(large)
+            # Of a layer with fewer classes than hidden dimensions, such as a gate or an adapter, nobody wants to know.
+            wide = any(sizes(heads[h].classes) > sizes(heads[h].hidden_size) for h in large.heads if h in heads)
+            if large.node in reader.reasons and wide:
+                reasons[large.node] = reader.reasons[large.node]
             left = {node: view for node, view in left.items() if node not in large.heads}
             continue
-        found.refused = refused | found.refused
+        found.refused, found.reasons = refused | found.refused, reasons
         return found
-    return Stretch(refused=refused)
+    return Stretch(refused=refused, reasons=reasons)
 
 
 def followed(
@@ -104,15 +94,19 @@ class _Reader:
         self._size: int = min(logits) // 2
         self._graph, self._heads, self._sizes = graph, heads, sizes
         self._views, self._transformed = trace.views, trace.transformed
-        self._recorder = Recorder(RULES, is_pointwise)
         self._values: dict[Node, Any] = {}  # of nodes outside, with fakes of our own
+        self._numbers: dict[Node, Tensor] = {}  # that are symbols
         self._inside: dict[Node, Any] = {}
+        self._other_way: dict[Node, Any] = {}  # the same, with products turned
+        self._writes = False  # whether a node writes to memory
         self._from: dict[Node, set[Node]] = {}  # the heads, as the caller named them, that a node's value is made of
         self._found = Stretch()
+        self.reasons: dict[Node, Reason] = {}  # of nodes that are refused for one that a user can do something about
         self._splits: dict[Node, tuple[Split, Tensor]] = {}
         self._casts = any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in graph.nodes) or (
             torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
         )
+        self._recorder = Recorder(RULES, is_pointwise, autocast=self._casts)
 
     def reached(self, node: Node) -> Value | None:
         self._follow()
@@ -136,19 +130,21 @@ class _Reader:
     # --- heads and values of the graph
 
     def _begin(self, node: Node, view: LogitsView, heads: set[Node]) -> None:
-        """The logits of a view, from the bare product on."""
+        """The logits of a view, from the bare product on, as the value of a node of the stretch."""
+        self._inside[node] = self._logits(node, view, node)
+        self._from[node] = heads
+
+    def _logits(self, node: Node, view: LogitsView, head: Node | Turned) -> Tensor:
         rows = [self._sizes(s) for s in view.row_shape]
         classes = self._sizes(view.classes)
         dims: list[Dim] = [() if size == 1 else (Axis(size, row=True),) for size in rows]
-        device = value_of(node).device
-        with self._recorder.fake_mode:
-            product = torch.empty(*rows, classes, dtype=view.dtype, device=device)
-        value = Value([*dims, fresh(classes)], view.dtype, Head(node), grad=value_of(node).requires_grad)
+        product = self._recorder.empty(value_of(node), view.dtype, [*rows, classes])
+        along: Dim = () if classes == 1 else (Axis(classes, mixed=spelling(view.linear)),)
+        value = Value([*dims, along], view.dtype, Head(head), grad=value_of(node).requires_grad)
         self._recorder.enter(product, value)
         bias = None
         if view.bias is not None:
-            with self._recorder.fake_mode:
-                bias = torch.empty(classes, dtype=view.dtype, device=device)
+            bias = self._recorder.empty(value_of(node), view.dtype, [classes])
             flows = value.grad and view.bias.requires_grad
             self._recorder.enter(bias, Value([fresh(classes)], view.dtype, Leaf(view.bias), grad=flows))
 
@@ -156,16 +152,51 @@ class _Reader:
             z = after_product(view, value_of(node).dtype, z if bias is None else torch.add(z, bias))
             return z if view.class_dim == len(view.shape) - 1 else torch.movedim(z, -1, view.class_dim)
 
-        self._inside[node] = self._recorder.run(logits, (product,), {})
-        self._from[node] = heads
-        self._found.heads[node] = view
+        self._found.heads[head] = view
+        return self._recorder.run(logits, (product,), {})
+
+    def _turned(self, node: Node) -> Any:
+        """The value of a node of the stretch with the rows of its product as classes, and its classes as rows.
+
+        Raises NotByRows where a product on the way cannot be turned, or what is made of it mixes those rows.
+        """
+        if self._writes:
+            raise NotByRows("a product that is turned, and a value that is written to")
+        if node not in self._other_way:
+            view = self._views.get(node) if node in self._inside else None
+            facing = None if view is None or len(view.shape) != 2 else view.facing(1 - view.class_dim)
+            if facing is not None:
+                self._other_way[node] = self._logits(node, facing, Turned(node))
+            elif node in self._heads:
+                raise NotByRows("a product that cannot be turned")
+            elif node in self._inside and self._is_large(node):
+                out = self._recorder.run(*self._call(node, self._turned))
+                self._check(out, value_of(node))
+                self._other_way[node] = out
+            else:
+                return self._argument(node)
+        return self._other_way[node]
 
     def _argument(self, node: Node) -> Any:
         if node in self._inside:
             return self._inside[node]
-        if node not in self._values and not self._pulled(node):
-            self._values[node] = tree_map(lambda v: self._outside(node, v), value_of(node))
+        if node not in self._values:
+            if isinstance(value_of(node), torch.SymFloat):
+                self._values[node] = self._number(node)
+            elif not self._pulled(node):
+                self._values[node] = tree_map(lambda v: self._outside(node, v), value_of(node))
         return self._values[node]
+
+    def _number(self, node: Node) -> Any:
+        """A number of the program's that is a symbol, as a tensor of no dimensions; one that is fixed as itself."""
+        number = constant(node)
+        if not isinstance(number, Node):
+            return number
+        if node not in self._numbers:
+            dtype = torch.float64 if isinstance(value_of(node), torch.SymFloat) else torch.int64
+            fake = self._recorder.empty(torch.empty(0), dtype, ())
+            self._numbers[node] = self._recorder.enter(fake, Value([], dtype, Leaf(node)))
+        return self._numbers[node]
 
     def _pulled(self, node: Node) -> bool:
         """Whether a tensor of the size of logits that the graph makes of less is made within the stretch, row by row."""
@@ -185,9 +216,8 @@ class _Reader:
         ):
             return False
         try:
-            function, args, kwargs = self._call(node)
             products = self._recorder.products
-            out = self._recorder.run(function, args, kwargs)
+            out = self._recorder.run(*self._call(node, self._argument))
         except Exception:  # left to the graph, which computes it whatever it is
             return False
         if self._recorder.products > products or not isinstance(out, Tensor):
@@ -195,7 +225,8 @@ class _Reader:
         if value.requires_grad != self._recorder.value(out).grad or out.dtype != value.dtype:
             return False
         self._values[node] = out
-        self._found.pulled.append(node)
+        if node not in self._found.pulled:
+            self._found.pulled.append(node)
         return True
 
     def _outside(self, node: Node, value: Any) -> Any:
@@ -203,11 +234,10 @@ class _Reader:
             if not isinstance(value_of(node), Tensor):
                 raise NotByRows("a tensor in a tuple")
             shape, stride = ([self._sizes(s) for s in sizes] for sizes in (value.shape, value.stride()))
-            with self._recorder.fake_mode:
-                fake = torch.empty_strided(shape, stride, dtype=value.dtype, device=value.device)
+            fake = self._recorder.empty(value, value.dtype, shape, stride)
             dims = [fresh(size) for size in shape]
             return self._recorder.enter(fake, Value(dims, value.dtype, Leaf(node), grad=value.requires_grad))
-        if isinstance(value, (torch.SymFloat, torch.SymBool)):
+        if isinstance(value, torch.SymBool):
             raise NotByRows("a number that is not known")
         return self._sizes(value)
 
@@ -219,29 +249,56 @@ class _Reader:
         except NotByRows as refusal:
             if self._moved(node) or self._divided(node):
                 return
-            self._found.refused[node] = f"`{_spelling(node)}`: {refusal}"
+            self._found.refused[node] = f"`{spelling(node)}`: {refusal}"
+            if type(refusal) in REASONS:
+                self.reasons[node] = REASONS[type(refusal)]
         except Exception as error:  # of torch's, for sizes or an operation that it has no fake of
-            self._found.refused[node] = f"`{_spelling(node)}`: {type(error).__name__}: {error}".splitlines()[0]
+            self._found.refused[node] = f"`{spelling(node)}`: {type(error).__name__}: {error}".splitlines()[0]
 
     def _run(self, node: Node) -> None:
-        function, args, kwargs = self._call(node)
         products, large = self._recorder.products, any(self._is_large(n) for n in node.all_input_nodes)
-        out = self._recorder.run(function, args, kwargs)
+        out = self._either_way(lambda argument: self._recorder.run(*self._call(node, argument)))
         if self._recorder.products > products and not large:
             raise NotByRows("a product of what has no classes any more")
-        self._keep(node, out, value_of(node))
+        self._check(out, value_of(node))
+        self._inside[node] = out
+        self._writes = self._writes or bool(mutated_arguments(node))
+        self._from[node] = {h for n in node.all_input_nodes for h in self._from.get(n, ())}
 
-    def _call(self, node: Node) -> tuple[Callable[..., Any], Any, Any]:
+    def _either_way(self, run: Callable[[Callable[[Node], Any]], Any]) -> Any:
+        """What a function returns, given what the arguments are.
+
+        What mixes rows may be what treats each class by itself, or reads what was taken for rows or for classes before.
+        """
+        try:
+            return run(self._argument)
+        except RowsMixed:
+            before, self._values = self._values, {}
+            for argument in (self._argument, self._turned):
+                with contextlib.suppress(NotByRows):
+                    return run(argument)
+            self._values = before
+            raise
+
+    def _call(self, node: Node, argument: Callable[[Node], Any]) -> tuple[Callable[..., Any], Any, Any]:
         if node.op not in ("call_function", "call_method"):
             raise NotByRows(f"a node of kind {node.op}")
         if node in self._transformed:
             raise NotByRows("a transform of torch.func is active")
         if isinstance(node.target, HigherOrderOperator):
-            raise NotByRows("an operation with a graph, or a gradient, of its own")
-        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), self._argument)
+            if canonical(node) == "autograd_function_apply":
+                raise OwnGradient("an `autograd.Function`, whose backward is its own")
+            raise NotByRows("an operation with a graph of its own")
+        if canonical(node) in ARITHMETIC:
+            given = lambda n: self._number(n) if isinstance(value_of(n), torch.SymInt) else argument(n)  # noqa: E731
+        else:
+            given = argument
+        args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), given)
         target: Any = node.target
         if node.op == "call_method":
             target = getattr(type(args[0]), str(node.target))
+        if any(isinstance(value_of(n), torch.SymFloat) for n in node.all_input_nodes):
+            target = of_numbers(node, target)
         if not self._casts:
             return target, args, kwargs
         at = next((n for n in (node, *node.all_input_nodes) if isinstance(value_of(n), Tensor)), None)
@@ -254,8 +311,9 @@ class _Reader:
 
         return cast, args, kwargs
 
-    def _keep(self, node: Node, out: Any, example: Any) -> None:
-        made, known = tree_leaves(out), tree_leaves(example)
+    def _check(self, out: Any, example: Any) -> None:
+        """Raise NotByRows where results are not those of the example; where no gradient flows there, none does here."""
+        made, known = ([x] if isinstance(x, Tensor) else tree_leaves(x) for x in (out, example))
         if len(made) != len(known):
             raise NotByRows("another number of results than in the example")
         for fake, value in zip(made, known, strict=True):
@@ -268,8 +326,6 @@ class _Reader:
                 self._recorder.detach(fake)
             elif value.requires_grad and not flows:
                 raise NotByRows("a gradient that does not come from the operation")
-        self._inside[node] = out
-        self._from[node] = {h for n in node.all_input_nodes for h in self._from.get(n, ())}
 
     def _moved(self, node: Node) -> bool:
         """Rows that were moved, which a hidden state of their own makes."""
@@ -287,15 +343,16 @@ class _Reader:
         if split is None:
             return False
         try:
-            args, kwargs = torch.fx.node.map_arg((split.args, split.kwargs), self._argument)
-            rows = self._recorder.run(split.by_row, args, kwargs)
+            given = (split.args, split.kwargs)
+            map_arg = torch.fx.node.map_arg
+            rows = self._either_way(lambda argument: self._recorder.run(split.by_row, *map_arg(given, argument)))
             dims = self._recorder.value(rows).dims
             over = [n for n, dim in enumerate(dims) if not rows_in(dim)]
             if split.reduction == "batchmean" and (not dims or 0 in over):
                 return False
             rows = self._recorder.run(reduced, (rows, over, split.reduction), {})
         except NotByRows as refusal:
-            self._found.refused[node] = f"`{_spelling(node)}`: {refusal}"
+            self._found.refused[node] = f"`{spelling(node)}`: {refusal}"
             return True
         self._splits[node] = (split, rows)
         return True
@@ -303,14 +360,16 @@ class _Reader:
     def _is_large(self, node: Node) -> bool:
         if node not in self._inside:
             return False
-        leaves = [t for t in tree_leaves(self._inside[node]) if isinstance(t, Tensor)]
+        out = self._inside[node]
+        leaves = (out,) if isinstance(out, Tensor) else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         return any(self._too_large(self._recorder.value(t), node) for t in leaves)
 
     def _too_large(self, value: Value, node: Node) -> bool:
         """Whether a row's value is of the size of logits."""
         heads = [self._heads[h] for h in self._from.get(node, ()) if h in self._heads]
-        # No more than a hidden state, and far less than logits.
-        limits = [min(self._sizes(v.hidden_size), self._sizes(v.classes) // 4) for v in heads]
+        # No more than a hidden state, and far less than logits, which lie either way where some are turned.
+        sizes = [(v.hidden_size, v.classes, row_count(v) if self._other_way else v.classes) for v in heads]
+        limits = [min(d, v // 4, n // 4) for d, v, n in (map(self._sizes, each) for each in sizes)]
         return torch.Size(row_shape(value.dims)).numel() > max(limits, default=0)
 
     # --- what leaves
@@ -321,15 +380,15 @@ class _Reader:
             outside = [u for u in node.users if u not in self._inside and u not in self._splits]
             if not outside or not isinstance(out, Tensor):
                 if any(u.op != "output" and not isinstance(out, Tensor) for u in outside):
-                    raise _Large(self._from[node], outside[0], self._found.refused.get(outside[0], "a tuple"))
+                    raise Large(self._from[node], outside[0], self._found.refused.get(outside[0], "a tuple"))
                 continue
             first = min(outside, key=order.__getitem__)
             if self._written(node, outside):
-                raise _Large(self._from[node], first, "a value of the rows is written to")
+                raise Large(self._from[node], first, "a value of the rows is written to")
             if self._is_large(node):
                 if all(u.op == "output" for u in outside) and node in self._views:
                     continue  # may become lazy
-                raise _Large(self._from[node], first, self._found.refused.get(first, "the logits are needed"))
+                raise Large(self._from[node], first, self._found.refused.get(first, "the logits are needed"))
             self._found.exits.append(Exit(node, self._recorder.value(out), None, first))
         for node, (split, rows) in self._splits.items():
             self._found.exits.append(Exit(node, self._recorder.value(rows), split, node))
@@ -337,33 +396,3 @@ class _Reader:
 
     def _written(self, node: Node, outside: list[Node]) -> bool:
         return any(node in mutated_arguments(u) for u in outside)
-
-
-def _spelling(node: Node) -> str:
-    name = canonical(node)
-    return name if isinstance(name, str) else getattr(name, "__name__", str(name))
-
-
-def numbers(graph: Graph, first: int) -> Callable[[Any], Any]:
-    """A number for each symbol of a graph's sizes, primes from `first` on, so that sizes differ unless they are the same."""
-    given: dict[sympy.Symbol, int] = {}
-    following = primes(first)
-
-    def size(value: Any) -> Any:
-        if not isinstance(value, torch.SymInt):
-            return value
-        expression = value.node.expr
-        for symbol in sorted(expression.free_symbols, key=str):
-            if symbol not in given:
-                given[symbol] = next(following)
-        return int(expression.subs(given))
-
-    return size
-
-
-def primes(first: int) -> Iterator[int]:
-    """The primes above a number."""
-    number = first
-    while True:
-        number = int(sympy.nextprime(number))
-        yield number

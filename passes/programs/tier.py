@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 import sympy
 from torch import Tensor
@@ -16,21 +16,23 @@ from ..canonical import canonical
 from ..decide import illegal_head, least_classes, row_count
 from ..fakes import WouldGuard
 from ..faults import Undo
-from ..memory import N
+from ..memory import N, V
 from ..policy import Policy
 from ..report import Rewritten
 from ..rewriter import logits_use
 from ..sharded import is_sharded
 from ..trace import Trace
-from ..values import LogitsView, source_line, value_of
-from .axes import NotByRows, resolved, rows_in
+from ..values import Decline, LogitsView, Reason, example_size, source_line, value_of
+from .axes import NotByRows, RowsMixed, resolved, rows_in
 from .emit import Emitted, emit
+from .found import Exit
 from .linear import make_gradients_in_forward
-from .stretch import Exit, Stretch, followed, numbers, stretch_of
+from .record import Turned
+from .sizes import Numbers
+from .stretch import followed, stretch_of
 from .write import erase, write
 
 _log = logging.getLogger("cce_fx")
-_FIRST = (10_007, 20_011)  # sizes that are symbols are primes from these on, one after the other
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,17 @@ class Cut:
 
     emitted: Emitted
     exits: tuple[Exit, ...]
-    heads: dict[Node, LogitsView]
+    heads: dict[Node | Turned, LogitsView]
     grads_in_forward: bool
 
     def reported(self) -> Rewritten:
         """For the report; the sizes are those of the first head."""
-        node, view = next(iter(self.heads.items()))
+        head, view = next(iter(self.heads.items()))
+        node = head.node if isinstance(head, Turned) else head
         rows, (width, classes) = row_count(view), (view.hidden_size, view.classes)
         numbers = [size if isinstance(size, int) else None for size in (rows, width, classes)]
         anchor = self.exits[-1].first or self.exits[-1].node
-        each = sum(v.classes * v.dtype.itemsize for v in self.heads.values() if isinstance(v.classes, int))
+        each = sum((v.classes if isinstance(v.classes, int) else V) * v.dtype.itemsize for v in self.heads.values())
         saved = 3 * each * N
         needed = 4 * each * sympy.Min(128, N)
         return Rewritten(
@@ -59,7 +62,7 @@ class Cut:
             sources=(source_line(node), source_line(anchor)),
             tier="rows",
             strategy="grads_in_forward" if self.grads_in_forward else "recompute",
-            bytes_saved=None if numbers[0] is None else int(saved.subs(N, numbers[0])),
+            bytes_saved=None if None in (numbers[0], numbers[2]) else int(saved.subs({N: numbers[0], V: numbers[2]})),
             bytes_saved_expr=str(saved),
             bytes_needed_expr=str(needed),
             rows=numbers[0],
@@ -69,36 +72,71 @@ class Cut:
         )
 
 
-def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> tuple[list[Cut], set[Node]]:
-    """Write row programs for the heads of a graph whose logits are still used, in place.
+@dataclass
+class RowPrograms:
+    """What became of the heads that no kernel took."""
 
-    Returns what was written, and the nodes that are gone with it.
-    """
+    cuts: list[Cut] = field(default_factory=list)
+    within: set[Node] = field(default_factory=set)  # nodes that are gone with what was cut
+    refused: list[Decline] = field(default_factory=list)  # for reasons that a user can do something about
+
+    def declines(self, before: list[Decline]) -> list[Decline]:
+        """The losses that stay as they are, of those that the first tier declined, each with the better reason of both."""
+        left = [d for d in before if d.node not in self.within]
+        for decline in self.refused:
+            same = [d for d in left if _reads(d.node, decline.node) or _reads(decline.node, d.node)]
+            if all(d.reason in _VAGUE for d in same):
+                left = [*(d for d in left if d not in same), decline]
+        return left
+
+
+# Reasons that say no more than that an operation is none of the kernels'.
+_VAGUE = (Reason.NO_RULE, Reason.NO_LINEAR, Reason.USED)
+
+
+def _reads(node: Node, other: Node) -> bool:
+    """Whether a node is made of another, or is it."""
+    seen, stack = set(), [node]
+    while stack:
+        at = stack.pop()
+        if at is other:
+            return True
+        if at not in seen:
+            seen.add(at)
+            stack += at.all_input_nodes
+    return False
+
+
+def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPrograms:
+    """Write row programs for the heads of a graph whose logits are still used, in place."""
     heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
-    stretch = stretch_of(gm.graph, heads, found, numbers(gm.graph, _FIRST[0]))
+    numbers = Numbers(reading=0)
+    stretch = stretch_of(gm.graph, heads, found, numbers)
     for node, why in stretch.refused.items():
         _log.debug("not in a row program: %s, %s", node.name, why)
+    outcome = RowPrograms(refused=[Decline(why, n, stretch.refused[n]) for n, why in stretch.reasons.items()])
     if not stretch.exits:
-        return [], set()
+        return outcome
     try:
-        if _has_symbols(stretch):
-            _check_sizes(gm, heads, found, stretch)
+        other = stretch_of(gm.graph, heads, found, Numbers(reading=1)) if numbers.given else None
         undo.remember()
-        groups = write(gm, stretch, policy)
+        groups = write(gm, stretch, policy, other)
     except (NotByRows, WouldGuard) as refusal:
         _log.debug("no row program: %s", refusal)
-        return [], set()
+        if isinstance(refusal, RowsMixed):
+            outcome.refused.append(Decline(Reason.ROWS_MIXED, stretch.exits[0].node, str(refusal)))
+        return outcome
     erase(gm, stretch)
-    done = []
     for emitted, exits, call in groups:
         dtype = stretch.heads[emitted.heads[0]].dtype
         early = makes_grads_in_forward(policy.strategy, "mean", dtype)
         early = early and make_gradients_in_forward(gm, call)
         used = {h: stretch.heads[h] for h in emitted.heads}
-        done.append(Cut(emitted, tuple(exits), used, early))
+        outcome.cuts.append(Cut(emitted, tuple(exits), used, early))
     gm.graph.lint()
     gm.recompile()
-    return done, {*stretch.inside, *(e.node for e in stretch.exits)}
+    outcome.within = {*stretch.inside, *(e.node for e in stretch.exits)}
+    return outcome
 
 
 def rows_of(gm: GraphModule, found: Trace, policy: Policy, node: Node) -> Literal["in order", "moved"] | None:
@@ -107,7 +145,7 @@ def rows_of(gm: GraphModule, found: Trace, policy: Policy, node: Node) -> Litera
     "in order" where the dimensions of its rows are those of the logits, and one more, without rows, comes after them.
     """
     heads = {n: view for n, view in found.heads.items() if _is_head(n, view, policy, found)}
-    value = followed(gm.graph, heads, found, numbers(gm.graph, _FIRST[0]), node) if heads else None
+    value = followed(gm.graph, heads, found, Numbers(reading=0), node) if heads else None
     if value is None:
         return None
     try:
@@ -122,7 +160,9 @@ def rows_of(gm: GraphModule, found: Trace, policy: Policy, node: Node) -> Litera
 _SMALLEST = 8 << 20
 # Operations that mix the numbers of a row with a weight. A layer before one is a model's own, unless it is far wider than it
 # is deep, as a vocabulary is.
-_LAYERS = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "scaled_dot_product_attention")
+_LAYERS = (
+    "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention",
+)  # fmt: skip
 _WIDER = 16
 
 
@@ -132,10 +172,10 @@ def _is_head(node: Node, view: LogitsView, policy: Policy, found: Trace) -> bool
     divided = any(is_sharded(value_of(n)) for operand in view.operands for n in (*operand.nodes, node))
     if divided or illegal_head(view) is not None:
         return False
-    classes, width = view.classes, view.hidden_size
-    if not isinstance(classes, int) or not isinstance(width, int) or classes < least_classes(view, policy):
+    classes, width = example_size(view.classes), example_size(view.hidden_size)
+    if classes < least_classes(view, policy):
         return False
-    size = _hint(row_count(view)) * classes * value_of(node).dtype.itemsize
+    size = example_size(row_count(view)) * classes * value_of(node).dtype.itemsize
     if policy.min_vocab is None and size < _SMALLEST:
         return False
     return classes > _WIDER * width or not _is_layer(node, found)
@@ -146,7 +186,7 @@ def _is_layer(head: Node, found: Trace) -> bool:
 
     A cheap look at sizes, so that the layers of a model are not read as programs.
     """
-    large = _hint(found.heads[head].classes) * _hint(row_count(found.heads[head])) // 4
+    large = example_size(found.heads[head].classes) * example_size(row_count(found.heads[head])) // 4
     seen, stack = {head}, [head]
     while stack:
         for user in stack.pop().users:
@@ -156,23 +196,6 @@ def _is_layer(head: Node, found: Trace) -> bool:
             if canonical(user) in _LAYERS:
                 return True
             seen.add(user)
-            if _hint(value.numel()) >= large:
+            if example_size(value.numel()) >= large:
                 stack.append(user)
     return False
-
-
-def _hint(size: Any) -> int:
-    """A size, or that of the example."""
-    return size if isinstance(size, int) else int(size.node.hint or 0)
-
-
-def _has_symbols(stretch: Stretch) -> bool:
-    return any(not isinstance(s, int) for view in stretch.heads.values() for s in view.shape)
-
-
-def _check_sizes(gm: GraphModule, heads: dict[Node, LogitsView], found: Trace, stretch: Stretch) -> None:
-    """Raise NotByRows where the program depends on sizes that are symbols: two choices of them give two programs."""
-    other = stretch_of(gm.graph, heads, found, numbers(gm.graph, _FIRST[1]))
-    for one, two in zip(stretch.exits, other.exits, strict=True):
-        if emit([one.value]).program != emit([two.value]).program:
-            raise NotByRows("the program depends on a size that is not fixed")

@@ -8,29 +8,37 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node, Proxy
 
 from ...functional import run_rows
 from ..canonical import mutated_arguments
 from ..fakes import propagate
 from ..policy import Policy
-from ..rewriter import Builder, head_operands
+from ..rewriter import Builder, head_operands, size_of
 from ..trace import storage_of
 from ..values import LogitsView, Operand, value_of
 from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
-from .emit import Emitted, RowInput, emit
-from .stretch import Exit, Stretch
+from .emit import Emitted, RowInput, emit, kept
+from .found import Exit, Stretch
+from .record import Turned
+from .sizes import without_numbers
 
 
-def write(gm: GraphModule, stretch: Stretch, policy: Policy) -> list[tuple[Emitted, list[Exit], Node]]:
+def write(
+    gm: GraphModule, stretch: Stretch, policy: Policy, other: Stretch | None = None
+) -> list[tuple[Emitted, list[Exit], Node]]:
     """Write a stretch's programs into a graph, in place; the nodes of the stretch stay, with fewer users.
 
-    Returns each program, what it returns, and the call of it.
+    Returns each program, what it returns, and the call of it. `other` is the stretch with other numbers in the place of sizes
+    that are not fixed.
 
     Raises NotByRows, with the graph as it was, where a program cannot be written.
     """
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     groups = _groups(stretch, order)
+    if other is not None:
+        groups = [(_unfixed(emitted, exits, stretch, other), exits) for emitted, exits in groups]
     done: list[tuple[Builder, list[tuple[Node, Node]], Node]] = []
     try:
         for emitted, exits in groups:
@@ -64,6 +72,14 @@ def _groups(stretch: Stretch, order: dict[Node, int]) -> list[tuple[Emitted, lis
         if _latest(emitted, exits, stretch, order) >= order[place_of(exits)]:
             raise NotByRows("a value that the program reads is made after what it makes is read")
     return groups
+
+
+def _unfixed(emitted: Emitted, exits: list[Exit], stretch: Stretch, other: Stretch) -> Emitted:
+    """A program for any size that is not fixed. Raises NotByRows."""
+    if [e.node for e in stretch.exits] != [e.node for e in other.exits]:
+        raise NotByRows("what is known of rows depends on a size that is not fixed")
+    same = [next(b for a, b in zip(stretch.exits, other.exits, strict=True) if a is exit) for exit in exits]
+    return without_numbers(emitted, emit([exit.value for exit in same]))
 
 
 def place_of(exits: list[Exit]) -> Node:
@@ -108,7 +124,8 @@ def _check_memory(
     for h in emitted.heads:
         view = stretch.heads[h]
         for n in (n for operand in view.operands for n in operand.nodes):
-            heads[n] = min(order.get(view.linear, order[h]), heads.get(n, order[h]))
+            begun = order.get(view.linear, order[h.node if isinstance(h, Turned) else h])
+            heads[n] = min(begun, heads.get(n, begun))
     made: dict[int | None, int] = {}
     for n in _read(emitted, exits, stretch):
         read = [order[u] for u in n.users if u in inside] + ([heads[n]] if n in heads else [])
@@ -131,10 +148,12 @@ def _write_group(
     try:
         with builder.before(place_of(exits)):
             heads = [head_operands(builder, stretch.heads[h]) for h in emitted.heads]
-            rows = _Rows(emitted, stretch.heads[emitted.heads[0]], heads[0][0])
-            inputs = [rows.input(builder, given) for given in emitted.row_inputs]
             shared = [_proxy(builder, s, stretch) for s in emitted.shared]
-            widths = [stretch.heads[h].hidden_size for h in emitted.heads]
+            rows = _Rows(emitted, stretch.heads[emitted.heads[0]], builder, heads, shared)
+            inputs = [rows.input(given) for given in emitted.row_inputs]
+            widths = [
+                size_of(stretch.heads[h].hidden_size, w, 1) for h, (_, w) in zip(emitted.heads, heads, strict=True)
+            ]
             flat = [(h.reshape(-1, width), w) for (h, w), width in zip(heads, widths, strict=True)]
             flat = [hw if ("head", n) in emitted.flows else tuple(t.detach() for t in hw) for n, hw in enumerate(flat)]
             inputs = [x if ("row", n) in emitted.flows else x.detach() for n, x in enumerate(inputs)]
@@ -172,31 +191,58 @@ def _write_group(
 
 def _proxy(builder: Builder, given: Node | Operand, stretch: Stretch) -> Any:
     if isinstance(given, Node):
-        return builder.proxy(given)
+        return builder.proxy(given) if isinstance(value_of(given), Tensor) else _number(builder, given)
     view = next(v for v in stretch.heads.values() if v.bias == given)
     return builder.operand(given, view.dtype)
+
+
+def _number(builder: Builder, given: Node) -> Any:
+    """A number that is a symbol as a tensor of no dimensions.
+
+    By a product: torch.compile makes tensors of symbols in arithmetic, and compiles again for each value of any other.
+    """
+    if isinstance(value_of(given), torch.SymInt):
+        return builder.proxy(builder.graph.call_function(torch.scalar_tensor, (given,), {"dtype": torch.int64}))
+    one = builder.graph.call_function(torch.ones, ((),), {"dtype": torch.float64})
+    return builder.proxy(one) * builder.proxy(given)
 
 
 class _Rows:
     """Between the shapes of the program, one dimension of rows first, and those of the graph."""
 
-    def __init__(self, emitted: Emitted, view: LogitsView, hidden: Any) -> None:
-        self._axes = emitted.rows
+    def __init__(
+        self, emitted: Emitted, view: LogitsView, builder: Builder, heads: list[tuple[Any, Any]], shared: list[Any]
+    ) -> None:
+        self._axes, self._builder = emitted.rows, builder
         self._device: torch.device = value_of(view.linear).device
-        self._sizes: dict[int, Any] = {}
+        self._sizes: dict[Axis, Any] = {}
         for number, (size, dim) in enumerate(zip(view.row_shape, emitted.row_dims, strict=True)):
             if isinstance(size, int):
-                self._sizes |= {id(axis): axis.size for axis in dim}
+                self._sizes |= {axis: axis.size for axis in dim}
             elif len(dim) == 1:
-                self._sizes[id(dim[0])] = hidden.size(number)
+                self._sizes[dim[0]] = heads[0][0].size(number)
             else:
                 raise NotByRows("rows of a size that is not known are divided")
+        for axis, size in emitted.sizes.items():
+            if size.kind == "row":
+                x, dim = self._per_row(emitted.row_inputs[size.which], size.dim)
+            else:
+                x, dim = (heads[size.which][1] if size.kind == "head" else shared[size.which]), size.dim
+            self._sizes[axis] = size.of(x.size(dim))
+
+    def _per_row(self, given: RowInput, dim: int) -> tuple[Any, int]:
+        """A tensor of the graph, and which of its dimensions a dimension of its row's value is."""
+        at = kept(given.dims)[dim]
+        if given.node is None or len(resolved(given.dims[at])) > 1:
+            raise NotByRows("a size of rows that are divided")
+        return self._builder.proxy(given.node), at
 
     def _size(self, axis: Axis) -> Any:
-        return self._sizes[id(axis)] if axis.row else axis.size
+        return self._sizes.get(axis, axis.size)
 
-    def input(self, builder: Builder, given: RowInput) -> Any:
+    def input(self, given: RowInput) -> Any:
         """A tensor of the graph as the program takes it: (N, *shape)."""
+        builder = self._builder
         axes = [axis for dim in given.dims for axis in resolved(dim)]
         if given.node is None:
             size = math.prod(self._size(a) for a in axes)
@@ -218,10 +264,11 @@ class _Rows:
             if math.prod(a.size for a in others) > 64:
                 raise NotByRows("a tensor of the size of logits would be copied for rows that share it")
             shape = [self._size(a) if any(a is b for b in present) else 1 for a in self._axes]
-            x = x.reshape([*shape, *(a.size for a in others)])
-            x = x.expand([*(self._size(a) for a in self._axes), *(a.size for a in others)])
+            x = x.reshape([*shape, *map(self._size, others)])
+            x = x.expand([self._size(a) for a in (*self._axes, *others)])
         whole = len(self._axes) == 1 and plain and not missing and len(others) == len(given.shape)
-        return x if whole else x.reshape([-1, *given.shape])
+        shape = [self._product(others_in(given.dims[n])) for n in kept(given.dims)]
+        return x if whole else x.reshape([-1, *shape])
 
     def output(self, x: Any, dims: Sequence[Dim]) -> Any:
         """What the program returns, (N, *shape), with the dimensions that it has in the graph."""
@@ -236,7 +283,7 @@ class _Rows:
         ):
             if all(len(resolved(d)) == 1 for d in dims):
                 return x
-        x = x.reshape([*(self._size(a) for a in self._axes), *(a.size for a in others)])
+        x = x.reshape([self._size(a) for a in (*self._axes, *others)])
         axes = [*self._axes, *others]
         for axis in [a for a in self._axes if all(a is not b for b in here)]:
             at = next(n for n, b in enumerate(axes) if b is axis)

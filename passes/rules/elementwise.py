@@ -13,7 +13,7 @@ from torch.fx import Node
 from ...functional import statistics_dtype
 from ..canonical import CASTS, canonical
 from ..registry import WHOLE, Call, Outcome, is_constant, rule
-from ..values import Form, LogitsView, Operand, Reason, same, value_of
+from ..values import Form, LogitsView, Operand, Reason, constant, same, value_of
 from .heads import low_rank
 from .pick import one_hot_target
 
@@ -76,7 +76,7 @@ def _scaled(call: Call, view: LogitsView, factor: float) -> Outcome:
 def mul(call: Call) -> Outcome:
     for at in (0, 1):
         name = ("input", "other")[at]
-        factor = call.arg(1 - at, ("other", "input")[at])
+        factor = constant(call.arg(1 - at, ("other", "input")[at]))
         view = call.view(at, name, forms=(*WHOLE, Form.SHIFTED))
         target = one_hot_target(factor)
         if view is not None and target is not None and view.class_dim == len(view.shape) - 1:
@@ -92,7 +92,7 @@ def mul(call: Call) -> Outcome:
 
 @rule("div")
 def div(call: Call) -> Outcome:
-    view, divisor = call.view(), call.arg(1, "other")
+    view, divisor = call.view(), constant(call.arg(1, "other"))
     if view is not None and is_constant(divisor) and divisor != 0 and call.node.kwargs.get("rounding_mode") is None:
         return _scaled(call, view, 1.0 / float(divisor))
     if view is not None and _is_row_factor(view, divisor) and call.node.kwargs.get("rounding_mode") is None:
@@ -101,11 +101,14 @@ def div(call: Call) -> Outcome:
 
 
 def _is_row_factor(view: LogitsView, other: Any) -> bool:
-    """Whether a tensor has one number for each row, or one in all, and multiplies plain products."""
+    """Whether a tensor has one number for each row, or one in all, and multiplies plain products; or a number that is a symbol."""
     value = value_of(other)
+    plain = view.form is Form.LOGITS and view.epilogue.softcap is None
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return plain
     if not isinstance(other, Node) or not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point:
         return False
-    plain = view.form is Form.LOGITS and view.bias is None and view.epilogue.softcap is None
+    plain = plain and view.bias is None
     from_right = len(view.shape) - view.class_dim
     fits = value.dim() <= len(view.shape) and (value.dim() < from_right or same(value.shape[-from_right], 1))
     return plain and fits and torch.promote_types(value.dtype, view.dtype) == view.dtype
@@ -117,7 +120,8 @@ def _row_scaled(call: Call, view: LogitsView, factor: Node, apply: Any) -> Outco
         return call.decline(Reason.NO_RULE, "logits are broadcast")
     if view.dtype.itemsize < 4:
         return call.decline(Reason.NO_RULE, "a scale in a tensor, in half precision: hidden would be rounded once more")
-    return view.rows(call.node, apply.__name__, apply, factor, class_dim=view.class_dim)
+    bias = None if view.bias is None else view.bias.then(apply.__name__, apply, factor)
+    return replace(view.rows(call.node, apply.__name__, apply, factor, class_dim=view.class_dim), bias=bias)
 
 
 def _no_rule(call: Call, detail: str) -> Outcome:
@@ -209,7 +213,7 @@ def _is_class_bias(view: LogitsView, other: Any, dtype: torch.dtype | None = Non
     shape = [1] * (len(view.shape) - value.dim()) + list(value.shape)
     if value.dim() > len(view.shape) or value.dim() < from_right:
         return False
-    return all(size == (view.classes if dim == view.class_dim else 1) for dim, size in enumerate(shape))
+    return all(same(size, view.classes if dim == view.class_dim else 1) for dim, size in enumerate(shape))
 
 
 @rule("log_softmax")
@@ -227,9 +231,10 @@ def _normalised(call: Call, form: Form) -> Outcome:
     view, dim = call.view(forms=(Form.LOGITS, Form.SHIFTED, Form.LOG_SOFTMAX)), call.arg(1, "dim")
     if view is None:
         return None
-    if not isinstance(dim, int) or dim % len(view.shape) != view.class_dim:
+    facing = view.facing(dim) if isinstance(dim, int) else None
+    if facing is None:
         return call.decline(Reason.CLASS_DIM, f"{canonical(call.node)} over dim {dim} of {len(view.shape)}")
-    return view.at(call.node, form=form, shift=None)
+    return facing.at(call.node, form=form, shift=None)
 
 
 @rule("log")

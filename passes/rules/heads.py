@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from ...kernels.spec import Epilogue
 from ..registry import Call, Outcome, rule
-from ..values import Form, LogitsView, Operand, Reason
+from ..values import Form, LogitsView, Operand, Reason, same
 
 
 def low_rank(call: Call, first: LogitsView, second: LogitsView) -> LogitsView | None:
@@ -21,7 +21,8 @@ def low_rank(call: Call, first: LogitsView, second: LogitsView) -> LogitsView | 
     """
     views = (first, second)
     plain = all(v.form is Form.LOGITS and v.epilogue.softcap is None for v in views)
-    alike = (first.class_dim, tuple(first.shape), first.dtype) == (second.class_dim, tuple(second.shape), second.dtype)
+    alike = (first.class_dim, len(first.shape), first.dtype) == (second.class_dim, len(second.shape), second.dtype)
+    alike = alike and all(map(same, first.shape, second.shape))
     if not plain or not alike or (first.bias is not None and second.bias is not None):
         return None
     hidden, other = (_scaled(v.hidden, v) for v in views)

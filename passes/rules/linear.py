@@ -13,7 +13,8 @@ from ..._torch import is_concrete_int
 from ..autocast import autocast_at
 from ..canonical import canonical
 from ..registry import Call, Outcome, is_constant, rule
-from ..values import Decline, LogitsView, Operand, Reason, value_of
+from ..sharded import is_sharded
+from ..values import Decline, LogitsView, Operand, Reason, known, same, value_of
 
 
 def _plain(*nodes: Any, dims: tuple[int | None, ...]) -> bool:
@@ -37,24 +38,25 @@ def _head(
     if result.device.type == "meta":  # nothing to save, and no kernel to be had
         return None
     size = value_of(hidden).shape[-1] if size is None else size
-    if not is_concrete_int(size) or not is_concrete_int(result.shape[class_dim]):
-        return Decline(Reason.DYNAMIC, call.node)
-    shape = tuple(int(n) if is_concrete_int(n) else n for n in result.shape)
-    if not shape[class_dim]:
+    size, *shape = (int(n) if is_concrete_int(n) else n for n in (size, *result.shape))
+    classes = shape[class_dim]
+    if isinstance(classes, int) and not classes:
         return None
+    if not known(classes >= 1) or (is_sharded(result) and not all(isinstance(n, int) for n in (size, classes))):
+        return Decline(Reason.DYNAMIC, call.node, f"hidden size {size}, {classes} classes")
     if not _multiplies(
         call.node, result.dtype, {value_of(n).dtype for n in (hidden, weight.node, bias) if n is not None}
     ):
         return None
     return LogitsView(
         linear=call.node,
-        hidden_size=int(size),
+        hidden_size=size,
         hidden=Operand(hidden),
         weight=weight,
         bias=None if bias is None else Operand(bias),
         dtype=result.dtype,
         class_dim=class_dim % result.dim(),
-        shape=shape,
+        shape=tuple(shape),
         path=(call.node,),
     )
 
@@ -96,9 +98,11 @@ def linear(call: Call) -> Outcome:
 
 @rule("matmul", "mm", begins=True)
 def matmul(call: Call) -> Outcome:
-    """hidden (..., D) @ weight (D, V)."""
+    """hidden (..., D) @ weight (D, V), or weight (V, D) @ hidden (..., D, T)."""
     hidden = call.arg(0, "input")
     weight = call.arg(1, "mat2" if canonical(call.node) == "mm" else "other")
+    if _plain(hidden, weight, dims=(2, None)) and (rank := value_of(weight).dim()) > 2:
+        return _moved_head(call, weight, rank - 2, Operand(hidden), None, rank - 2)
     if not _plain(hidden, weight, dims=(None, 2)):
         return None
     return _head(call, hidden, transposed(weight), None)
@@ -113,7 +117,7 @@ def addmm(call: Call) -> Outcome:
     scales = (call.node.kwargs.get("beta", 1), call.node.kwargs.get("alpha", 1))
     if not all(is_constant(s) and s == 1 for s in scales):
         return None
-    if value_of(bias).shape[0] != value_of(weight).shape[1]:
+    if not same(value_of(bias).shape[0], value_of(weight).shape[1]):
         return None
     return _head(call, hidden, transposed(weight), bias)
 
@@ -184,14 +188,15 @@ def tensordot(call: Call) -> Outcome:
     return _head(call, hidden, Operand(weight) if second[0] % 2 == 1 else transposed(weight), None)
 
 
-@rule("conv1d", begins=True)
-def conv1d(call: Call) -> Outcome:
-    """hidden (B, D, T) under a kernel (V, D, 1) of size 1: (B, V, T)."""
+@rule("conv1d", "conv2d", "conv3d", begins=True)
+def convolution(call: Call) -> Outcome:
+    """hidden (B, D, ...) under a kernel (V, D, 1, ...) of size 1: (B, V, ...)."""
     hidden, weight, bias = call.arg(0, "input"), call.arg(1, "weight"), call.arg(2, "bias")
-    if not _plain(hidden, weight, dims=(3, 3)) or (bias is not None and not _plain(bias, dims=(1,))):
+    rank = {"conv1d": 3, "conv2d": 4, "conv3d": 5}[str(canonical(call.node))]
+    if not _plain(hidden, weight, dims=(rank, rank)) or (bias is not None and not _plain(bias, dims=(1,))):
         return None
-    rest = [(3, "stride", 1), (4, "padding", 0), (5, "dilation", 1), (6, "groups", 1)]
-    stride, padding, _, groups = (a[0] if isinstance(a, (tuple, list)) else a for a in (call.arg(*r) for r in rest))
-    if value_of(weight).shape[2] != 1 or (stride, padding, groups) != (1, 0, 1):
+    rest = [(3, "stride", 1), (4, "padding", 0), (6, "groups", 1)]
+    found = [set(a) if isinstance(a, (tuple, list)) else {a} for a in (call.arg(*r) for r in rest)]
+    if any(size != 1 for size in value_of(weight).shape[2:]) or found not in ([{1}, {0}, {1}], [{1}, {"valid"}, {1}]):
         return None
-    return _moved_head(call, hidden, 1, Operand(weight).then("kernel", torch.select, 2, 0), bias, 1)
+    return _moved_head(call, hidden, 1, Operand(weight).then("kernel", torch.flatten, 1), bias, 1)

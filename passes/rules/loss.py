@@ -12,7 +12,7 @@ from torch.fx import Node
 from ..._torch import OpOverload
 from ...functional import LossSpec
 from ..registry import Call, Outcome, rule
-from ..values import Candidate, Form, LogitsView, Reason, value_of
+from ..values import Candidate, Form, LogitsView, Reason, constant, value_of
 
 _REDUCTIONS = {0: "none", 1: "mean", 2: "sum", "none": "none", "mean": "mean", "sum": "sum"}
 
@@ -78,13 +78,16 @@ def _reduction(call: Call, reduction: Any) -> Any:
 
 def _loss(call: Call, view: LogitsView, reduction: Any, ignore_index: Any, smoothing: Any) -> Outcome:
     target, class_weight = call.arg(1, "target"), call.arg(2, "weight")
+    ignore_index, smoothing = constant(ignore_index), constant(smoothing)
     if reduction not in _REDUCTIONS or not isinstance(ignore_index, int) or not isinstance(smoothing, (int, float)):
         return call.decline(Reason.OPTION, f"reduction {reduction}, ignore_index {ignore_index}, smoothing {smoothing}")
     if not 0 <= smoothing <= 1:
         return call.decline(Reason.OPTION, f"label_smoothing {smoothing}")
     rank = len(view.shape)
-    if view.class_dim != (0 if rank == 1 else 1):
+    facing = view.facing(min(1, rank - 1))
+    if facing is None:
         return call.decline(Reason.CLASS_DIM, f"the vocabulary is dim {view.class_dim} of {rank}")
+    view = facing
     refused = _target_refusal(call, view, target)
     if refused is not None:
         return refused

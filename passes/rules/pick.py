@@ -47,11 +47,17 @@ def gather(call: Call) -> Outcome:
     index = value_of(second)
     if not isinstance(second, Node) or not isinstance(index, torch.Tensor) or index.dtype != torch.int64:
         return call.decline(Reason.TARGET, "an index that is not an int64 tensor")
-    if not _is_class_dim(view, first):
+    facing = view.facing(first) if isinstance(first, int) else None
+    if facing is None:
         return call.decline(Reason.CLASS_DIM, "gather over another dimension")
+    view = facing
     wanted = [1 if d == view.class_dim else size for d, size in enumerate(view.shape)]
-    if len(index.shape) != len(wanted) or not all(same(a, b) for a, b in zip(index.shape, wanted)):
+    fits = len(index.shape) == len(wanted) and same(index.shape[view.class_dim], 1)
+    fewer = [d for d, size in enumerate(wanted) if fits and not same(index.shape[d], size)]
+    if not fits or (fewer and (canonical(call.node) == "take_along_dim" or view.form is Form.SHIFTED)):
         return call.decline(Reason.TARGET, f"an index of shape {tuple(index.shape)}: not one class for each row")
+    if fewer:
+        view = view.first_rows(dict.fromkeys(fewer, second))
     return _found(call, view, _PICKED[view.form], second, keepdim=True)
 
 
@@ -93,8 +99,12 @@ def logsumexp(call: Call) -> Outcome:
     view = call.view(forms=(Form.LOGITS, Form.SHIFTED))
     if view is None:
         return None
-    if not _is_class_dim(view, call.arg(1, "dim")):
+    dim = call.arg(1, "dim")
+    (dim,) = dim if isinstance(dim, (tuple, list)) and len(dim) == 1 else (dim,)
+    facing = view.facing(dim) if isinstance(dim, int) else None
+    if facing is None:
         return call.decline(Reason.CLASS_DIM, "logsumexp over another dimension")
+    view = facing
     return _found(call, view, Result.LOG_SUM_EXP, keepdim=bool(call.arg(2, "keepdim", False)))
 
 

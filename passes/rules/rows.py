@@ -85,10 +85,18 @@ def reshape(call: Call) -> Outcome:
     dim = _class_dim_after(view, shape)
     if dim is None:
         return call.decline(Reason.CLASS_MIXED, f"{tuple(view.shape)} becomes {shape}")
-    sizes = _sizes(call, shape, dim, view.hidden_size)
+    fixed = isinstance(view.hidden_size, int)
+    sizes = _sizes(call, shape, dim, view.hidden_size if fixed else 1)
     if sizes is None:
         return call.decline(Reason.NO_RULE, "a reshape to several symbolic sizes")
-    return view.rows(call.node, "reshape", torch.reshape, sizes, class_dim=dim)
+    if fixed:
+        return view.rows(call.node, "reshape", torch.reshape, sizes, class_dim=dim)
+    return view.rows(call.node, "reshape", _reshaped, sizes, dim, view.class_dim, class_dim=dim)
+
+
+def _reshaped(hidden: Any, sizes: tuple[Any, ...], dim: int, hidden_dim: int) -> Any:
+    """A hidden state with other rows: its D, at `hidden_dim`, comes to `dim`."""
+    return torch.reshape(hidden, (*sizes[:dim], hidden.size(hidden_dim), *sizes[dim + 1 :]))
 
 
 def _sizes(call: Call, shape: tuple[Any, ...], dim: int, hidden_size: int) -> tuple[Any, ...] | None:
@@ -147,6 +155,16 @@ def transpose(call: Call) -> Outcome:
 def t(call: Call) -> Outcome:
     view = call.view()
     return view and (_permuted(call, view, [1, 0]) if len(view.shape) == 2 else view.at(call.node))
+
+
+@rule(getattr)
+def attribute(call: Call) -> Outcome:
+    """x.T and x.mT, as Dynamo writes them."""
+    view, name = call.view(), call.arg(1, "name")
+    if view is None or name not in ("T", "mT", "H", "mH") or (name in ("T", "H") and len(view.shape) != 2):
+        return None
+    rank = len(view.shape)
+    return _permuted(call, view, [*range(rank - 2), rank - 1, rank - 2])
 
 
 @rule("permute")
