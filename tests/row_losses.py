@@ -304,6 +304,12 @@ def turned_after_a_change(h: Heads, d: Data) -> Tensor:
 
 
 @mixed
+def a_product_over_everything(h: Heads, d: Data) -> Tensor:
+    z = h.s(d.x)
+    return (z.sigmoid().sum(-1) * torch.tensordot(z, z.tanh(), 2)).mean()
+
+
+@mixed
 def softmax_over_rows(h: Heads, d: Data) -> Tensor:
     return (h.s(d.x).softmax(0) ** 2).sum(-1).mean()
 
