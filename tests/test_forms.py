@@ -21,7 +21,9 @@ def test_form(form: Form, device: torch.device) -> None:
     verdict = form.verdict
     if "einops" in form.name:
         pytest.importorskip("einops")
-        verdict = verdict if torch.__version__ >= "2.13" else "rows"  # Dynamo does not look into it, the second tier does
+        verdict = (
+            verdict if torch.__version__ >= "2.13" else "rows"
+        )  # Dynamo does not look into it, the second tier does
     tensors = forms.tensors(device=device)
     # Gradients in float32 of arithmetic in bfloat16 are off by ulps of the latter.
     watch = compare(form.function(), tensors, ulps=2**16 if "half precision" in form.name else 16)

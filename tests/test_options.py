@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import cce_fx
-from cce_fx import op
+from cce_fx import _torch, op
 from cce_fx.options import Options, split
 
 from .helpers import Watch
@@ -75,13 +75,13 @@ def _inputs() -> list[Tensor]:
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune-no-cudagraphs"])
 def test_modes_mean_what_they_mean_for_inductor(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    original = torch._TorchCompileInductorWrapper.__call__
 
-    def spy(self: Any, gm: Any, inputs: Any, **kwargs: Any) -> Any:
-        seen.append(dict(self.config))
-        return original(self, gm, inputs, **kwargs)
+    def spy(gm: Any, inputs: Any, config_patches: dict[str, Any], **kwargs: Any) -> Any:
+        seen.append(dict(config_patches))
+        return original(gm, inputs, config_patches=config_patches, **kwargs)
 
-    monkeypatch.setattr(torch._TorchCompileInductorWrapper, "__call__", spy)
+    original = _torch.compile_fx
+    monkeypatch.setattr(_torch, "compile_fx", spy)
     torch._dynamo.reset()
     h, w, y = _inputs()
     torch.testing.assert_close(torch.compile(_loss, backend="cce", mode=mode)(h, w, y), _loss(h, w, y))
@@ -96,9 +96,7 @@ def test_kernels_may_tune_only_where_inductor_may(
     monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], tune: bool
 ) -> None:
     graphs = []
-    monkeypatch.setattr(
-        torch._TorchCompileInductorWrapper, "__call__", lambda _, gm, __: graphs.append(gm) or gm.forward
-    )
+    monkeypatch.setattr(_torch, "compile_fx", lambda gm, *_, **__: graphs.append(gm) or gm.forward)
     torch._dynamo.reset()
     torch.compile(_loss, backend="cce", **how)(*_inputs())
     (call,) = (n for n in graphs[0].graph.nodes if "cce.linear" in str(n.target))

@@ -85,7 +85,8 @@ class Expression:
     """
 
     def __init__(self, grad: bool, device: torch.device) -> None:
-        self.grad, self.device = grad, device
+        self.grad: bool = grad
+        self.device: torch.device = device
         self.steps: list[Step] = []
         self.values: list[Any] = []
         self.chains: list[HeadChain] = []

@@ -43,4 +43,5 @@ class Large(Exception):
 
     def __init__(self, heads: set[Node], node: Node, why: str) -> None:
         super().__init__(why)
-        self.heads, self.node = heads, node
+        self.heads: set[Node] = heads
+        self.node: Node = node
