@@ -50,6 +50,8 @@ def _managed(weight: Tensor) -> tuple[Any, Any] | None:
         return None
     from .._torch import FSDPState, composable_states
 
+    if not composable_states:
+        return None
     for reference in list(composable_states.values()):
         state = reference()
         if not isinstance(state, FSDPState):

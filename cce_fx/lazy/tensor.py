@@ -12,6 +12,7 @@ What it keeps alive: hidden (N x D, with its autograd graph), and references to 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -203,6 +204,9 @@ class _Made(torch.autograd.Function):
                     ctx.state.read(), wanted, grad, retain_graph=True, create_graph=again, allow_unused=True))  # fmt: skip
             found = [next(made) if need else None for need in needs]
         return (None, None, *found)
+
+
+_Made.forward.__signature__ = inspect.signature(_Made.forward)  # type: ignore[attr-defined]  # torch asks at each call
 
 
 class _Read(torch.autograd.Function):

@@ -7,6 +7,7 @@ the memory made by hand. For these some hundred entries are remembered, which a 
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -79,11 +80,15 @@ def _entries(t: Tensor, *, keep: bool) -> Tensor | None:
     if not gathered.is_there(t):
         return None
     with torch.no_grad():
-        most = (_COLUMNS,) if t.dim() > 1 else (_ROWS * _COLUMNS,)
-        sizes = [_ROWS if at == 0 else 1 for at in range(t.dim() - 1)] + list(most) if t.dim() else []
-        steps = tuple(slice(None, None, -(-have // want)) for have, want in zip(t.shape, sizes, strict=True))
-        grid = t.detach()[steps]
+        grid = t.detach()[_grid(t.shape)]
         return grid.clone(memory_format=torch.contiguous_format) if keep else grid
+
+
+@functools.lru_cache(256)
+def _grid(shape: tuple[int, ...]) -> tuple[slice, ...]:
+    most = (_COLUMNS,) if len(shape) > 1 else (_ROWS * _COLUMNS,)
+    sizes = [_ROWS if at == 0 else 1 for at in range(len(shape) - 1)] + list(most) if shape else []
+    return tuple(slice(None, None, -(-have // want)) for have, want in zip(shape, sizes, strict=True))
 
 
 class Overtaken(Protocol):
