@@ -79,8 +79,7 @@ class RowProgram:
     ) -> list[tuple[Any, ...]]:
         """The shape of one row's value of each output, for heads of the `weight` (V, D) and values (N, ...) of the rows."""
         shapes = {"head": [w.shape[:1] for w in weight], "row": [r.shape[1:] for r in rows], "shared": _shapes(shared)}
-        number = lambda s: _size(shapes, s["size"]) if isinstance(s, dict) else s  # noqa: E731
-        return [tuple(map(number, o.shape)) for o in self.outputs]
+        return [tuple(_size(shapes, s["size"]) if isinstance(s, dict) else s for s in o.shape) for o in self.outputs]
 
     def block(self, heads: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs (n, ...) of n rows: of logits (n, V), values (n, ...) and shared tensors."""

@@ -317,6 +317,16 @@ def output_of(graph: Graph) -> Node:
     return next(n for n in reversed(graph.nodes) if n.op == "output")
 
 
+def behind(node: Node) -> set[Node]:
+    """A node and all that it is made of."""
+    found, stack = {node}, [node]
+    while stack:
+        more = [n for n in stack.pop().all_input_nodes if n not in found]
+        found.update(more)
+        stack += more
+    return found
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are equal for certain, without a guard."""
     return known(a == b)

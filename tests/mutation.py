@@ -218,8 +218,8 @@ FAULTS = [
     Fault(
         "lazy rows are those of the whole",
         "cce_fx/lazy/expression.py",
-        "hidden = hidden if move is None else move(hidden)",
-        "hidden = hidden if move is None else move(hidden.flip(0))",
+        "        hidden = move(hidden)",
+        "        hidden = move(hidden.flip(0))",
     ),
     Fault(
         "what stands for a size is not told from the size",

@@ -8,7 +8,7 @@ what is left says the same whatever rows there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -138,11 +138,12 @@ class Expression:
         return a
 
     def _input(self, value: Any, key: Any = None) -> Input:
-        key = id(value) if key is None and isinstance(value, Tensor) else key
-        if key is None or key not in self._inputs:
+        if key is None:
+            key = ("tensor", id(value)) if isinstance(value, Tensor) else ("number", len(self.values))
+        if key not in self._inputs:
+            self._inputs[key] = len(self.values)
             self.values.append(value)
-            self._inputs[len(self.values) if key is None else key] = len(self.values) - 1
-        return Input(self._inputs[key] if key is not None else len(self.values) - 1)
+        return Input(self._inputs[key])
 
     def _state(self, state: State, chosen: _Chosen | None) -> Ref:
         key = (id(state), id(chosen))
@@ -209,10 +210,7 @@ class Expression:
         if key not in self._inputs:
             with torch.set_grad_enabled(attached):
                 hidden = hidden if attached else hidden.detach()
-                for state in moved:
-                    move = _mover(state)
-                    assert move is not None
-                    hidden = move(hidden)
+                hidden = _moved(hidden, moved)
                 hidden = hidden if chosen is None else _chosen_of(hidden, chosen)
         given = self._input(hidden, key)
         for size in self.values[given.index].shape[:-1]:
@@ -231,8 +229,7 @@ class Expression:
             args, kwargs = _on_rows(op)
             made = self._cut_off(state, self._step(op.func, (made, *args), kwargs, op.autocast))
         if chosen is None:
-            step = self.steps[-1]
-            self.steps[-1] = Step(step.func, step.args, step.kwargs, step.autocast, tuple(states[-1].like.shape))
+            self.steps[-1] = replace(self.steps[-1], shape=tuple(states[-1].like.shape))
         return made
 
 
@@ -278,6 +275,15 @@ def _line(state: State) -> list[State]:
 def _mover(state: State) -> Callable[[Tensor], Tensor] | None:
     assert state.op is not None and state.base is not None
     return mover(state.op, state.base.like.shape, state.like.shape)
+
+
+def _moved(hidden: Tensor, states: list[State]) -> Tensor:
+    """The rows of hidden after the moves by which these states are made."""
+    for state in states:
+        move = _mover(state)
+        assert move is not None
+        hidden = move(hidden)
+    return hidden
 
 
 def is_calculation(op: Op, state: State) -> bool:
@@ -341,14 +347,9 @@ def read_rows(state: State) -> Tensor:
     assert chain is not None
     grad = state.grad and not any(s.op is not None and s.op.detaches for s in rest)
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
-        hidden, calculations = chain.hidden, []
-        for s in rest:
-            assert s.op is not None
-            move = None if is_calculation(s.op, s) else _mover(s)
-            hidden = hidden if move is None else move(hidden)
-            calculations += [s.op] if move is None else []
-        value = chain.logits(hidden)
-        for op in calculations:
+        calculations = [s for s in rest if s.op is not None and is_calculation(s.op, s)]
+        value = chain.logits(_moved(chain.hidden, [s for s in rest if s not in calculations]))
+        for op in (s.op for s in calculations if s.op is not None):
             args, kwargs = _on_rows(op)
             with under(op.device, op.autocast):
                 value = op.func(value, *args, **dict(kwargs))

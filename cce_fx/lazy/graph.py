@@ -28,7 +28,7 @@ from ..passes.pipeline import apply
 from ..passes.programs.sizes import primes
 from ..passes.programs.tier import rows_of
 from ..passes.trace import trace
-from ..passes.values import output_of, value_of
+from ..passes.values import behind, output_of, value_of
 from .expression import Expression, Input, Ref, Size, Step
 
 _CACHE_SIZE = 512
@@ -124,7 +124,7 @@ def _cut(expression: Expression, small: bool, first: int | None) -> GraphModule 
 
     def examine(gm: GraphModule, node: Node) -> GraphModule | None:
         report, found = apply(gm, policy, Undo(gm))
-        return None if not report.rewritten or _needed(output_of(gm.graph)) & found.heads.keys() else gm
+        return None if not report.rewritten or behind(output_of(gm.graph)) & found.heads.keys() else gm
 
     found: GraphModule | bool | None = _examined(expression, first, examine)
     return found
@@ -153,16 +153,6 @@ def _examined(expression: Expression, first: int | None, examine: Callable[[Grap
 
 
 _FAKES_LOG = logging.getLogger("torch._subclasses.fake_tensor")  # which tells of every error
-
-
-def _needed(output: Node) -> set[Node]:
-    """The nodes that a graph's output is made of."""
-    found, stack = {output}, [output]
-    while stack:
-        more = [n for n in stack.pop().all_input_nodes if n not in found]
-        found.update(more)
-        stack += more
-    return found
 
 
 class _Writer:

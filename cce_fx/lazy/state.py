@@ -152,28 +152,26 @@ class State:
         """The states among the arguments of the operation that makes this one."""
         return [] if self.op is None else [x for x in tree_iter((self.op.args, self.op.kwargs)) if isinstance(x, State)]
 
-    @property
-    def roots(self) -> list[State]:
-        """The states made by chains that this one is a function of, itself if it is one."""
-        found, seen, stack = [], set(), [self]
+    def _behind(self) -> Iterator[State]:
+        """This state and all that it is a function of, each once."""
+        seen, stack = set(), [self]
         while stack:
             state = stack.pop()
             if id(state) not in seen:
                 seen.add(id(state))
                 stack += reversed(state.made_of)
-                found += [state] * (state.op is None)
-        return found
+                yield state
+
+    @property
+    def roots(self) -> list[State]:
+        """The states made by chains that this one is a function of, itself if it is one."""
+        return [state for state in self._behind() if state.op is None]
 
     @property
     def tensors(self) -> list[Tensor]:
         """The tensors, outside of the family, that a gradient with respect to this one may flow to."""
-        found, seen, stack = [], set(), [self]
-        while stack:
-            state = stack.pop()
-            if id(state) in seen:
-                continue
-            seen.add(id(state))
-            stack += reversed(state.made_of)
+        found: list[Tensor] = []
+        for state in self._behind():
             if state.op is not None:
                 found += [x for x in tree_iter((state.op.args, state.op.kwargs)) if isinstance(x, Tensor)]
             elif state.chain is not None and state.grad:

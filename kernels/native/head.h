@@ -76,7 +76,7 @@ int64_t pieces(const Step& step) {
 
 
 constexpr int64_t kFill = 16;                // rows are filled up to a multiple of this
-constexpr int64_t kSlab = 512 / kPanel;       // panels of a line of the weight that are multiplied before the next lines
+constexpr int64_t kSlab = 512 / kPanel;      // panels of a line of the weight that are multiplied before the next lines
 constexpr int64_t kMostThreads = 256;
 constexpr int64_t kCopied = 1 << 17;  // numbers of hidden that a thread copies at once
 constexpr float kNever = 3.0e38f;     // the shift of rows that only fill up a vector: their exponentials are 0

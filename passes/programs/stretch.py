@@ -289,10 +289,11 @@ class _Reader:
             if canonical(node) == "autograd_function_apply":
                 raise OwnGradient("an `autograd.Function`, whose backward is its own")
             raise NotByRows("an operation with a graph of its own")
-        if canonical(node) in ARITHMETIC:
-            given = lambda n: self._number(n) if isinstance(value_of(n), torch.SymInt) else argument(n)  # noqa: E731
-        else:
-            given = argument
+        arithmetic = canonical(node) in ARITHMETIC
+
+        def given(n: Node) -> Any:
+            return self._number(n) if arithmetic and isinstance(value_of(n), torch.SymInt) else argument(n)
+
         args, kwargs = torch.fx.node.map_arg((node.args, dict(node.kwargs)), given)
         target: Any = node.target
         if node.op == "call_method":

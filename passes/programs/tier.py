@@ -22,7 +22,7 @@ from ..report import Rewritten
 from ..rewriter import logits_use
 from ..sharded import is_sharded
 from ..trace import Trace
-from ..values import Decline, LogitsView, Reason, example_size, source_line, value_of
+from ..values import Decline, LogitsView, Reason, behind, example_size, source_line, value_of
 from .axes import NotByRows, RowsMixed, resolved, rows_in
 from .emit import Emitted, emit
 from .found import Exit
@@ -84,7 +84,8 @@ class RowPrograms:
         """The losses that stay as they are, of those that the first tier declined, each with the better reason of both."""
         left = [d for d in before if d.node not in self.within]
         for decline in self.refused:
-            same = [d for d in left if _reads(d.node, decline.node) or _reads(decline.node, d.node)]
+            before_it = behind(decline.node)
+            same = [d for d in left if d.node in before_it or decline.node in behind(d.node)]
             if all(d.reason in _VAGUE for d in same):
                 left = [*(d for d in left if d not in same), decline]
         return left
@@ -92,19 +93,6 @@ class RowPrograms:
 
 # Reasons that say no more than that an operation is none of the kernels'.
 _VAGUE = (Reason.NO_RULE, Reason.NO_LINEAR, Reason.USED)
-
-
-def _reads(node: Node, other: Node) -> bool:
-    """Whether a node is made of another, or is it."""
-    seen, stack = set(), [node]
-    while stack:
-        at = stack.pop()
-        if at is other:
-            return True
-        if at not in seen:
-            seen.add(at)
-            stack += at.all_input_nodes
-    return False
 
 
 def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPrograms:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node, Proxy
+from torch.fx import Graph, GraphModule, Node, Proxy
 
 from ...functional import run_rows
 from ..canonical import mutated_arguments
@@ -35,7 +35,7 @@ def write(
 
     Raises NotByRows, with the graph as it was, where a program cannot be written.
     """
-    order = {node: number for number, node in enumerate(gm.graph.nodes)}
+    order = _Order(gm.graph)
     groups = _groups(stretch, order)
     if other is not None:
         groups = [(_unfixed(emitted, exits, stretch, other), exits) for emitted, exits in groups]
@@ -43,7 +43,7 @@ def write(
     try:
         for emitted, exits in groups:
             _check_memory(gm, stretch, emitted, exits, order)
-            done.append(_write_group(gm, stretch, emitted, exits, policy))
+            done.append(_write_group(gm, stretch, emitted, exits, order.place_of(exits), policy))
     except BaseException:
         for builder, replaced, _ in reversed(done):
             for old, new in replaced:
@@ -53,7 +53,7 @@ def write(
     return [(emitted, exits, call) for (emitted, exits), (_, _, call) in zip(groups, done, strict=True)]
 
 
-def _groups(stretch: Stretch, order: dict[Node, int]) -> list[tuple[Emitted, list[Exit]]]:
+def _groups(stretch: Stretch, order: _Order) -> list[tuple[Emitted, list[Exit]]]:
     """The exits by the program that makes them: those with the same rows whose inputs are there before the first is read."""
     groups: list[tuple[Emitted, list[Exit]]] = []
     for exit in sorted(stretch.exits, key=lambda e: order[e.first]):  # type: ignore[index]
@@ -63,13 +63,16 @@ def _groups(stretch: Stretch, order: dict[Node, int]) -> list[tuple[Emitted, lis
             except NotByRows:
                 continue
             together = [*exits, exit]
-            if joined.rows == emitted.rows and _latest(joined, together, stretch, order) < order[place_of(together)]:
+            if (
+                joined.rows == emitted.rows
+                and _latest(joined, together, stretch, order) < order[order.place_of(together)]
+            ):
                 groups[number] = (joined, together)
                 break
         else:
             groups.append((emit([exit.value]), [exit]))
     for emitted, exits in groups:
-        if _latest(emitted, exits, stretch, order) >= order[place_of(exits)]:
+        if _latest(emitted, exits, stretch, order) >= order[order.place_of(exits)]:
             raise NotByRows("a value that the program reads is made after what it makes is read")
     return groups
 
@@ -82,20 +85,34 @@ def _unfixed(emitted: Emitted, exits: list[Exit], stretch: Stretch, other: Stret
     return without_numbers(emitted, emit([exit.value for exit in same]))
 
 
-def place_of(exits: list[Exit]) -> Node:
-    """The node before which the program of some exits stands: the first that reads one, or what switched gradients off for it."""
-    first = exits[0].first
-    assert first is not None
-    off: list[Node] = []
-    for node in first.graph.nodes:
-        if node is first:
-            break
-        name = getattr(node.target, "__name__", "")
-        if name == "_enter_inference_mode" or (name == "_set_grad_enabled" and node.args[0] is False):
-            off.append(node)
-        elif name == "_exit_inference_mode" or name == "_set_grad_enabled":
-            off.clear()
-    return off[0] if off and any(e.value.grad for e in exits) else first
+class _Order:
+    """Where the nodes of a graph stand, before anything is written."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._numbers: dict[Node, int] = {}
+        self._off: dict[Node, Node] = {}  # what switched gradients off for a node, where they are
+        off: Node | None = None
+        for number, node in enumerate(graph.nodes):
+            self._numbers[node] = number
+            if off is not None:
+                self._off[node] = off
+            name = getattr(node.target, "__name__", "")
+            if name == "_enter_inference_mode" or (name == "_set_grad_enabled" and node.args[0] is False):
+                off = off or node
+            elif name in ("_exit_inference_mode", "_set_grad_enabled"):
+                off = None
+
+    def __getitem__(self, node: Node) -> int:
+        return self._numbers[node]
+
+    def get(self, node: Node, default: int) -> int:
+        return self._numbers.get(node, default)
+
+    def place_of(self, exits: list[Exit]) -> Node:
+        """The node before which the program of some exits stands: the first that reads one, or what switched gradients off for it."""
+        first = exits[0].first
+        assert first is not None
+        return self._off.get(first, first) if any(e.value.grad for e in exits) else first
 
 
 def _read(emitted: Emitted, exits: list[Exit], stretch: Stretch) -> set[Node]:
@@ -111,13 +128,11 @@ def _read(emitted: Emitted, exits: list[Exit], stretch: Stretch) -> set[Node]:
     return found
 
 
-def _latest(emitted: Emitted, exits: list[Exit], stretch: Stretch, order: dict[Node, int]) -> int:
+def _latest(emitted: Emitted, exits: list[Exit], stretch: Stretch, order: _Order) -> int:
     return max(order[n] for n in _read(emitted, exits, stretch))
 
 
-def _check_memory(
-    gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: list[Exit], order: dict[Node, int]
-) -> None:
+def _check_memory(gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: list[Exit], order: _Order) -> None:
     """Raise where what a program reads is written to after the stretch first reads it, and before the program or the last does."""
     inside = {*stretch.inside, *stretch.pulled, *(e.node for e in exits)}
     heads: dict[Node, int] = {}
@@ -131,7 +146,7 @@ def _check_memory(
         read = [order[u] for u in n.users if u in inside] + ([heads[n]] if n in heads else [])
         first = min(read, default=order[n])
         made[storage_of(n)] = min(first, made.get(storage_of(n), first))
-    last = max(order[n] for n in (*stretch.inside, place_of(exits)))
+    last = max(order[n] for n in (*stretch.inside, order.place_of(exits)))
     for node in gm.graph.nodes:
         if node in inside or order.get(node, last) >= last:
             continue
@@ -141,12 +156,12 @@ def _check_memory(
 
 
 def _write_group(
-    gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: list[Exit], policy: Policy
+    gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: list[Exit], place: Node, policy: Policy
 ) -> tuple[Builder, list[tuple[Node, Node]], Node]:
     builder = Builder(gm.graph, {})
     replaced: list[tuple[Node, Node]] = []
     try:
-        with builder.before(place_of(exits)):
+        with builder.before(place):
             heads = [head_operands(builder, stretch.heads[h]) for h in emitted.heads]
             shared = [_proxy(builder, s, stretch) for s in emitted.shared]
             rows = _Rows(emitted, stretch.heads[emitted.heads[0]], builder, heads, shared)
