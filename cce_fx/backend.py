@@ -119,8 +119,9 @@ def cut_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options, 
     except Fault as fault:
         undo.restore()
         return CutGraph(failed(fault), CutOutputs(), (), undo)
-    for candidate in found.candidates:
-        prepare(candidate.view.dtype, value_of(candidate.view.hidden.node).device)
+    cut = {r.linear for r in report.rewritten}
+    for view in (*(c.view for c in found.candidates), *(v for n, v in found.heads.items() if n.name in cut)):
+        prepare(view.dtype, value_of(view.hidden.node).device)
     return CutGraph(report, outputs, tuple(found.candidates), undo)
 
 

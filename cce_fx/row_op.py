@@ -22,23 +22,24 @@ import torch
 from torch import Tensor
 
 from ._torch import OpOverload
+from .kernels.choose import products
 from .kernels.combine import statistics_dtype
 from .op import LIBRARY, define, once
 from .row_program import RowProgram
 
 _INPUTS = "Tensor[] hidden, Tensor[] weight, Tensor[] rows, Tensor[] shared"
 _HOW = "str program, int? workspace, bool compiled"
-_MOST, _LEAST = 128, 16  # rows of a block
+MOST, LEAST, PART = 128, 32, 32  # rows of a block where nobody says how many: a part of all, within bounds
+HELD = 3  # values of the size of a block's logits: these, in whose place their gradient comes, and about two on the way
 
 
 def _block_rows(hidden: Sequence[Tensor], weight: Sequence[Tensor], workspace: int | None) -> int:
-    """Rows of a block: a 16th of all, within bounds, or as many as a workspace of that many bytes holds."""
+    """Rows of a block, a power of two: a part of all, or as many as a workspace of that many bytes holds."""
     count = hidden[0].shape[0]
     if workspace is None:
-        wanted = min(max(count // 16, _LEAST), _MOST)
+        wanted = min(max(count // PART, LEAST), MOST)
     else:
-        # Logits, their gradient, and about two values of their size between them.
-        wanted = max(1, workspace // (4 * sum(w.shape[0] * w.dtype.itemsize for w in weight)))
+        wanted = max(1, workspace // (HELD * sum(w.shape[0] * w.dtype.itemsize for w in weight)))
     return 1 << (min(wanted, max(count, 1)).bit_length() - 1)
 
 
@@ -49,34 +50,32 @@ class _Blocks:
         self.hidden, self.weight, self.rows, self.shared = hidden, weight, rows, shared
         self.count: int = hidden[0].shape[0]
         self.size: int = _block_rows(hidden, weight, workspace)
-        self._logits = [h.new_empty(self.size, w.shape[0]) for h, w in zip(hidden, weight, strict=True)]
+        self.heads = [products(w, self.size, self.count) for w in weight]
 
     def made(
         self, program: str, needs: Any, compiled: bool, grads: Sequence[Tensor] = ()
     ) -> Iterator[tuple[slice, Sequence[Tensor]]]:
-        """The rows of each block, and what its function returns for it: the outputs, and with `needs` gradients for `grads`."""
+        """The rows of each block, and what its function returns for it: the outputs, and with `needs` gradients for `grads`.
+
+        Those of the logits take the logits' place.
+        """
         run: Callable[..., Any] | None = None
         for start in range(0, self.count, self.size):
             part = slice(start, min(start + self.size, self.count))
-            values = [self._filled(r[part], r[part.stop - 1 : part.stop]) for r in self.rows]
+            for head, h in zip(self.heads, self.hidden, strict=True):
+                head.logits(self.filled(h, part))
+            values = [self.filled(r, part).contiguous() for r in self.rows]
             # Gradients of the rows that fill up a block are zero.
-            coming = [self._filled(g[part], g.new_zeros(1, *g.shape[1:])) for g in grads]
-            given = (self._products(part), values, self.shared, *([] if needs is None else [coming]))
+            coming = [self.filled(g, part, g.new_zeros(1, *g.shape[1:])).contiguous() for g in grads]
+            given = ([h.tile for h in self.heads], values, self.shared, *([] if needs is None else [coming]))
             run = run or _compiled(program, needs, _kinds(*given), compiled)
             yield part, run(*given)
 
-    def _products(self, part: slice) -> list[Tensor]:
-        n = part.stop - part.start
-        for z, h, w in zip(self._logits, self.hidden, self.weight, strict=True):
-            torch.mm(h[part], w.T, out=z[:n])
-            if n < self.size:
-                z[n:] = z[n - 1]
-        return self._logits
-
-    def _filled(self, part: Tensor, row: Tensor) -> Tensor:
-        """A block's rows, and `row` (1, ...) in the place of those that it lacks."""
-        missing = self.size - part.shape[0]
-        return torch.cat([part, row.expand(missing, *part.shape[1:])]) if missing else part.contiguous()
+    def filled(self, whole: Tensor, part: slice, row: Tensor | None = None) -> Tensor:
+        """A block's rows of (N, ...), and `row` (1, ...) in the place of those that it lacks: the last one, where none is given."""
+        some, missing = whole[part], self.size - (part.stop - part.start)
+        row = whole[part.stop - 1 : part.stop] if row is None else row
+        return torch.cat([some, row.expand(missing, *row.shape[1:])]) if missing else some
 
 
 def _forward_block(program: RowProgram) -> Callable[..., Any]:
@@ -87,7 +86,10 @@ def _forward_block(program: RowProgram) -> Callable[..., Any]:
 
 
 def _gradient_block(program: RowProgram, needs: tuple[tuple[bool, ...], ...]) -> Callable[..., Any]:
-    """The outputs of a block, and the gradients of those inputs that need one for gradients of the differentiable outputs."""
+    """The outputs of a block, and the gradients of those inputs that need one for gradients of the differentiable outputs.
+
+    A gradient of the logits is written over them: a block's function reads and writes the same memory, and holds less.
+    """
 
     def run(heads: list[Tensor], rows: list[Tensor], shared: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         inputs = [
@@ -100,9 +102,19 @@ def _gradient_block(program: RowProgram, needs: tuple[tuple[bool, ...], ...]) ->
         wanted = [t for group in inputs for t in group if t.requires_grad]
         found = torch.autograd.grad([o for o, _ in flowing], wanted, [g for _, g in flowing], allow_unused=True)
         made = [torch.zeros_like(t) if g is None else g.to(t.dtype) for g, t in zip(found, wanted, strict=True)]
-        return [*(o.detach() for o in outputs), *made]
+        logits = [z for z, need in zip(heads, needs[0], strict=True) if need]
+        results = [_apart(t, logits) for t in (*(o.detach() for o in outputs), *made)]
+        for z, dz in zip(logits, results[len(outputs) :], strict=False):
+            z.copy_(dz)
+        return [*results[: len(outputs)], *results[len(outputs) + len(logits) :]]
 
     return run
+
+
+def _apart(t: Tensor, others: list[Tensor]) -> Tensor:
+    """A tensor in memory that is none of the others'."""
+    memory = {other.untyped_storage()._cdata for other in others}
+    return t.clone() if t.untyped_storage()._cdata in memory else t
 
 
 def _spread(program: RowProgram, grads: Sequence[Tensor]) -> list[Tensor | None]:
@@ -112,7 +124,7 @@ def _spread(program: RowProgram, grads: Sequence[Tensor]) -> list[Tensor | None]
 
 @functools.lru_cache(256)
 def _compiled(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[..., Any]:
-    """A block's function for inputs of certain kinds: shapes, dtypes and devices.
+    """A block's function for inputs of certain kinds: shapes, strides, dtypes and devices.
 
     Made in a thread of its own: where an operator's kernel runs, autograd and vmap are switched off.
     """
@@ -124,7 +136,11 @@ def _compile(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[...,
     from ._torch import make_fx
 
     program = RowProgram.of(text)
-    examples = [torch.empty(shape, dtype=dtype, device=device) for group in kinds for shape, dtype, device in group]
+    examples = [
+        torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        for group in kinds
+        for shape, stride, dtype, device in group
+    ]
     function = _forward_block(program) if needs is None else _gradient_block(program, needs)
 
     def flat(*tensors: Tensor) -> Any:
@@ -141,7 +157,7 @@ def _compile(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[...,
 
 
 def _kinds(*groups: Sequence[Tensor]) -> Any:
-    return tuple(tuple((tuple(t.shape), t.dtype, t.device) for t in group) for group in groups)
+    return tuple(tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in group) for group in groups)
 
 
 def _rows(hidden, weight, rows, shared, program, workspace, compiled):  # type: ignore[no-untyped-def]
@@ -153,7 +169,7 @@ def _rows(hidden, weight, rows, shared, program, workspace, compiled):  # type: 
         rows: (N, ...) each, values of the rows.
         shared: tensors that all rows read.
         program: the text of a `RowProgram`.
-        workspace: bytes for blocks of logits and what is made of them; None is a 16th of the rows, at most 128.
+        workspace: bytes for blocks of logits and what is made of them; None is a 32nd of the rows, 32 to 128 of them.
         compiled: whether inductor compiles a block.
     """
     blocks = _Blocks(hidden, weight, rows, shared, workspace)
@@ -195,26 +211,35 @@ class _Gradients:
         self.needs: Any = (heads, tuple(rows), tuple(shared))
         self._d_hidden = [_like(t, n) for t, n in zip(blocks.hidden, self.hidden, strict=True)]
         # Sums over blocks are made in the dtype of a product's own sums.
-        self._d_weight = [_like(t, n, zero=True) for t, n in zip(blocks.weight, self.weight, strict=True)]
+        self._d_weight = [_like(t, n, exact=True) for t, n in zip(blocks.weight, self.weight, strict=True)]
         self._d_rows = [_like(t, n) for t, n in zip(blocks.rows, rows, strict=True)]
-        self._d_shared = [_like(t, n, zero=True) for t, n in zip(blocks.shared, shared, strict=True)]
+        self._d_shared = [_like(t, n, exact=True) for t, n in zip(blocks.shared, shared, strict=True)]
+        if not blocks.count:
+            for total in (*self._d_weight, *self._d_shared):
+                if total is not None:
+                    total.zero_()
 
     def add(self, part: slice, made: Sequence[Tensor]) -> None:
-        left, n = iter(made), part.stop - part.start
-        for k, need in enumerate(self.needs[0]):
-            if not need:
+        """Take the gradients of one block: those of the logits from their tiles, the others from what was made."""
+        n, b = part.stop - part.start, self._blocks
+        for k, head in enumerate(b.heads):
+            if not self.needs[0][k]:
                 continue
-            dz = next(left)[:n]
-            if self._d_hidden[k] is not None:
-                torch.mm(dz, self._blocks.weight[k], out=self._d_hidden[k][part])
-            if self._d_weight[k] is not None:
-                _add_product(self._d_weight[k], dz, self._blocks.hidden[k][part])
+            head.tile[n:] = 0
+            whole = self._d_hidden[k]
+            d_hidden = (
+                None if whole is None else whole[part] if n == b.size else whole.new_empty(b.size, whole.shape[1])
+            )
+            head.gradients(b.filled(b.hidden[k], part), d_hidden, self._d_weight[k], part.start > 0)
+            if whole is not None and n < b.size:
+                whole[part] = d_hidden[:n]
+        left = iter(made)
         for whole in self._d_rows:
             if whole is not None:
                 whole[part] = next(left)[:n]
         for whole in self._d_shared:
             if whole is not None:
-                whole += next(left)
+                whole.add_(next(left)) if part.start else whole.copy_(next(left))
 
     def results(self) -> list[Tensor]:
         """Those that are wanted, in the order of the inputs, in their dtypes."""
@@ -227,24 +252,10 @@ class _Gradients:
         return [grad.to(given.dtype) for grad, given in pairs if grad is not None]
 
 
-def _like(t: Tensor, wanted: bool, zero: bool = False) -> Any:
-    if not wanted:
-        return None
-    return (
-        torch.zeros(t.shape, dtype=statistics_dtype(t.dtype), device=t.device)
-        if zero
-        else torch.empty_like(t, memory_format=torch.contiguous_format)
-    )
-
-
-def _add_product(total: Tensor, dz: Tensor, hidden: Tensor) -> None:
-    """total (V, D) += dz.T (V, n) @ hidden (n, D)."""
-    if dz.dtype == total.dtype:
-        total.addmm_(dz.T, hidden)
-    elif dz.device.type == "cuda":
-        total += torch.mm(dz.T, hidden)
-    else:
-        total.addmm_(dz.T.to(total.dtype), hidden.to(total.dtype))
+def _like(t: Tensor, wanted: bool, exact: bool = False) -> Any:
+    """Memory for a gradient, in the dtype of statistics where it is to be `exact`."""
+    dtype = statistics_dtype(t.dtype) if exact else t.dtype
+    return torch.empty(t.shape, dtype=dtype, device=t.device) if wanted else None
 
 
 def _backward(grads, hidden, weight, rows, shared, needs, program, workspace, compiled):  # type: ignore[no-untyped-def]

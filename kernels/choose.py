@@ -13,9 +13,10 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
 from .combine import statistics_dtype
-from .spec import Kernel, Problem, Sizes
+from .spec import Kernel, Problem, Products, Sizes
 
 
 def on_gpu(device: torch.device) -> bool:
@@ -35,6 +36,15 @@ def choose(problem: Problem) -> Kernel:
         if native.serves(weight.dtype, problem.hidden.shape[0] * weight.shape[0]):
             return native
     return _folder("portable")
+
+
+def products(weight: Tensor, block: int, rows: int) -> Products:
+    """The products of a head with a weight (V, D), for blocks of `block` of its `rows` rows."""
+    native = _folder("native.products")
+    on_cpu = weight.device.type == "cpu" and weight.numel() > 0 and native.serves(weight.dtype, block)
+    if on_cpu and _folder("native").serves(weight.dtype, rows * weight.shape[0]):
+        return native.NativeProducts(weight, block)  # type: ignore[no-any-return]
+    return _folder("portable.products").PortableProducts(weight, block)  # type: ignore[no-any-return]
 
 
 def prepare(dtype: torch.dtype, device: torch.device) -> None:

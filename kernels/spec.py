@@ -3,6 +3,7 @@
 
 In comes a `Problem`, one language-model head with its targets; out go statistics of its rows and gradients. `choose.py` says
 which of three implementations serves it: `portable/` (torch operations), `native/` (compiled for a CPU) or `triton/` (GPUs).
+Where the loss is none of the kernel's, `Products` are what is left for it to do.
 
 The maths, for row i with logits z_i = epilogue(W h_i + b) and target t_i (Cut Cross-Entropy, arXiv 2411.09009, section 3):
 
@@ -140,6 +141,22 @@ class Kernel(Protocol):
 
     def forward_backward(self, problem: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:
         """Statistics, and the gradients of sum(grads * statistics), both while a tile of logits is at hand."""
+
+
+class Products(Protocol):
+    """The products of one head for blocks of R rows each, for losses that somebody else computes (`cce::rows`).
+
+    Made by `of(weight, rows)`, with weight (V, D) and R. Gradients of hidden are in its dtype, those of the weight summed up in
+    float32 (float64 for float64).
+    """
+
+    tile: Tensor  # (R, V), any strides: the logits of a block, and then the gradient that they have been given
+
+    def logits(self, hidden: Tensor) -> None:
+        """tile = hidden (R, D) @ weight.T."""
+
+    def gradients(self, hidden: Tensor, d_hidden: Tensor | None, d_weight: Tensor | None, adds: bool) -> None:
+        """d_hidden (R, D) = tile @ weight and d_weight (V, D) = tile.T @ hidden, or += where it `adds`. None is not wanted."""
 
 
 @dataclass(frozen=True)

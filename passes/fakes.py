@@ -9,6 +9,7 @@ is known (that it is 9, or equal to another) raises `WouldGuard` instead.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -158,3 +159,14 @@ def _as_fake(value: Any, mode: FakeTensorMode) -> Any:
         return value
     made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
     return made.requires_grad_(value.requires_grad)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Torch logs what fails on fake tensors as errors; here it is how an operation says that it does not fit."""
+    log = logging.getLogger(FakeTensorMode.__module__)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes a loss takes as it was written and as it is rewritten: sympy expressions in N, D and V.
+"""How many bytes, and products, a loss takes as it was written and as it is rewritten: sympy expressions in N, D and V.
 
 Of a head of DTensors, N and V are those of all processes and bytes those of one. Under dynamic shapes N stays a symbol, and no guard is added.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 
-from ..functional import Sizes, statistics_dtype, workspace
+from ..functional import HELD, LEAST, MOST, PART, Sizes, statistics_dtype, workspace
 from .policy import Policy
 from .sharded import division, has_divided_classes
 from .values import Candidate, Operand, value_of
@@ -21,6 +21,11 @@ N, D, V = sympy.symbols("N D V", positive=True, integer=True)
 _PER_ROW = 10
 # Numbers of a row that a process of a divided vocabulary sends, and gets from each.
 _SENT = 3
+
+
+def products_of(differentiable: bool, early: bool) -> int:
+    """How many times the logits' product, 2NDV operations, a loss takes; `early` where gradients are made in the forward."""
+    return 1 if not differentiable else 3 if early else 4
 
 
 def bytes_saved(candidate: Candidate) -> sympy.Expr:
@@ -34,6 +39,13 @@ def bytes_saved(candidate: Candidate) -> sympy.Expr:
     if value.requires_grad:
         copies = 3 + has_divided_classes(candidate.view)
     return _of_one_process(N * V * copies * value.dtype.itemsize, division(candidate.view))
+
+
+def bytes_of_blocks(each: sympy.Expr | int, policy: Policy) -> sympy.Expr:
+    """Bytes that a row program holds for a block, of rows with `each` bytes of logits; its gradients are not counted."""
+    if policy.workspace is not None:
+        return HELD * each * sympy.Min(N, sympy.Max(1, sympy.floor(sympy.Integer(policy.workspace) / (HELD * each))))
+    return HELD * each * sympy.Min(N, MOST, sympy.Max(LEAST, N / PART))
 
 
 def bytes_needed(candidate: Candidate, needs: tuple[bool, bool, bool] | None, policy: Policy) -> sympy.Expr:

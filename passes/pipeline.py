@@ -20,7 +20,7 @@ from .decide import decide
 from .faults import Fault, Undo, failed, stage
 from .modules import inline_known
 from .policy import Policy
-from .programs.tier import RowPrograms, cut_rows
+from .programs.tier import RowPrograms, cut_rows, join_rows
 from .registry import rules_text
 from .report import Declined, Report, Rewritten
 from .rewriter import erase_unused, logits_use, rewrite_site
@@ -40,8 +40,13 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
     declines = list(found.declines)
     done: list[LossSite] = []
     moved: dict[Node, Node] = {}
-    needed = found.needed()
+    needed, joined = found.needed(), RowPrograms()
+    if policy.tiers == "all":
+        with stage("row programs", output_of(gm.graph)):
+            joined = join_rows(gm, found, policy, undo)
     for candidate in found.candidates:
+        if candidate.anchor in joined.within:
+            continue
         with stage("deciding", candidate.anchor):
             site = decide(candidate, policy, needed)
         if isinstance(site, Decline):
@@ -66,9 +71,9 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
     if policy.tiers == "all":
         with stage("row programs", output_of(gm.graph)):
             rows = cut_rows(gm, found, policy, undo)
-            declines = rows.declines(declines)
+            declines = rows.declines(joined.declines(declines))
     report.rewritten += [Rewritten.of(site, logits_use(site.candidate.view)) for site in done]
-    report.rewritten += [cut.reported() for cut in rows.cuts]
+    report.rewritten += [cut.reported(policy) for cut in (*joined.cuts, *rows.cuts)]
     report.declined += [Declined.of(d) for d in declines]
     for body in _bodies(gm, found):
         # A checkpoint runs its body twice: gradients made in the first run would be thrown away.

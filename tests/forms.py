@@ -73,22 +73,22 @@ FORMS = [
     Form("loss", "one-hot product, summed at once", _FLAT + "return -(z.log_softmax(-1) * F.one_hot(y, V).float()).sum()"),
     Form("loss", "hand-written stable softmax",
          "z = F.linear(h, W)\nm = z.amax(-1, keepdim=True)\ns = (z - m).exp().sum(-1, keepdim=True)\n"
-         "return (s.log() + m - z.gather(-1, y[..., None])).mean()"),
+         "return (s.log() + m - z.gather(-1, y[..., None])).mean()", verdict="rows"),
     Form("loss", "hand-written, max and shifted gather",
          "z = F.linear(h, W)\nx = z - z.max(-1, keepdim=True)[0]\nlse = x.exp().sum(-1).log()\n"
-         "return (lse - x.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()"),
+         "return (lse - x.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()", verdict="rows"),
     Form("loss", "hand-written, detached max",
          "z = F.linear(h, W)\nx = z - z.max(dim=-1, keepdim=True).values.detach()\n"
-         "return (torch.log(torch.exp(x).sum(-1)) - x.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()"),
+         "return (torch.log(torch.exp(x).sum(-1)) - x.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()", verdict="rows"),
     Form("loss", "label smoothing of the transformers Trainer",
          "z = F.linear(h, W)\nsurprise = -F.log_softmax(z, dim=-1)\nnll = surprise.gather(-1, y.unsqueeze(-1))\n"
          "smooth = surprise.sum(dim=-1, keepdim=True, dtype=torch.float32)\n"
-         "return 0.9 * nll.mean() + 0.1 * smooth.mean() / V"),
+         "return 0.9 * nll.mean() + 0.1 * smooth.mean() / V", verdict="rows"),
     Form("loss", "timm label smoothing",
          _FLAT + "logp = F.log_softmax(z, dim=-1)\nnll = -logp.gather(dim=-1, index=y.unsqueeze(1)).squeeze(1)\n"
-         "return (0.9 * nll + 0.1 * -logp.mean(dim=-1)).mean()"),
+         "return (0.9 * nll + 0.1 * -logp.mean(dim=-1)).mean()", verdict="rows"),
     Form("loss", "z-loss beside cross entropy",
-         _FLAT + "return F.cross_entropy(z, y) + 1e-4 * torch.logsumexp(z, -1).square().mean()"),
+         _FLAT + "return F.cross_entropy(z, y) + 1e-4 * torch.logsumexp(z, -1).square().mean()", verdict="rows"),
     Form("loss", "per-token log-probabilities (DPO)",
          "z = F.linear(h, W)[:, :-1, :]\nlogps = torch.gather(z.log_softmax(-1), dim=2, index=y[:, 1:].unsqueeze(2)).squeeze(2)\n"
          "return (logps * (y[:, 1:] != 3)).sum(-1).mean()"),

@@ -89,8 +89,8 @@ FAULTS = [
     Fault(
         "a gradient flows through what the program took without one",
         "passes/programs/stretch.py",
-        "            if flows and not value.requires_grad:\n",
-        "            if False:\n",
+        "        if flows and not example.requires_grad:\n",
+        "        if False:\n",
     ),
     Fault(
         "ignore_index is dropped from the mean",

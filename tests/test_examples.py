@@ -105,6 +105,7 @@ def test_train_lm_under_autocast_as_on_a_gpu(tmp_path, cache):
     assert figures["summary"]["cce"]["largest_difference"] < 0.05
 
 
+@pytest.mark.slow
 def test_train_lm_goes_on_when_one_way_fails(tmp_path, cache):
     broken = environment() | {
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
@@ -170,6 +171,7 @@ def wait_for(condition, seconds: float = 60) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_hf_trainer_reads_the_logits_in_evaluation(tmp_path, cache, here):
     small = [*SMALL, "--steps", "10", "--eval-batches", "2", "--cache", cache]
     run(tmp_path, "hf_trainer.py", *small)

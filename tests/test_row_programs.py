@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -48,6 +49,7 @@ def heads() -> Heads:
     return Heads()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("strategy", ["auto", "recompute"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_of_the_rows_is_cut_and_right(name: str, strategy: str, heads: Heads) -> None:
@@ -59,6 +61,7 @@ def test_a_loss_of_the_rows_is_cut_and_right(name: str, strategy: str, heads: He
     check(loss, given, heads, compiled)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_of_any_number(name: str, heads: Heads) -> None:
     if "B" in LOSSES[name].__code__.co_names:
@@ -73,6 +76,7 @@ def test_a_loss_that_mixes_rows_is_left_alone_or_right(name: str, heads: Heads) 
     check(MIXED[name], data(), heads, torch.compile(MIXED[name], backend="cce", options=OPTIONS))
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", MIXED)
 def test_the_same_at_lengths_that_change(name: str, heads: Heads) -> None:
     if {"B", "N"} & set(MIXED[name].__code__.co_names):
@@ -96,6 +100,88 @@ def test_a_block_compiled_by_inductor(heads: Heads) -> None:
 def test_left_alone_where_only_kernels_are_wanted(heads: Heads) -> None:
     report = cce_fx.explain(LOSSES["focal"], heads, data(), options=cce_fx.Options(**OPTIONS, tiers="kernel"))
     assert not report.rewritten
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_results_that_are_part_of_the_logits(inner: str, heads: Heads) -> None:
+    """Gradients take the place of a block's logits, which the results must not follow."""
+
+    def loss(heads: Heads, d: Data) -> tuple[Tensor, Tensor]:
+        z = heads.s(d.x)
+        return (z.softmax(-1) * z.tanh()).sum(-1).mean(), z[:, 3] * 1
+
+    check(loss, data(), heads, torch.compile(loss, backend="cce", options={**OPTIONS, "inner": inner}))
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_shared_tensors_of_any_strides(inner: str, heads: Heads) -> None:
+    columns = torch.randn(6, heads.s.out_features).double()
+
+    def loss(heads: Heads, d: Data) -> Tensor:
+        z = heads.s(d.x)
+        return (z.softmax(-1) @ columns.to(z.dtype).T).pow(2).sum(-1).mean()
+
+    check(loss, data(), heads, torch.compile(loss, backend="cce", options={**OPTIONS, "inner": inner}))
+
+
+def products_of(loss: Loss, heads: Heads, **options: Any) -> tuple[list[str], int]:
+    """The tiers of what is cut, and how many of the head's products a step takes, each 2NDV operations."""
+    given, n = data(), 0
+    report = cce_fx.explain(loss, heads, given, options=cce_fx.Options(**OPTIONS, **options))
+    for r in report.rewritten:
+        n += 3 if r.strategy == "grads_in_forward" else 4
+    return [r.tier for r in report.rewritten], n
+
+
+def with_z_loss(heads: Heads, d: Data) -> Tensor:
+    z = heads.b(d.x)
+    return F.cross_entropy(z, d.y) + 1e-2 * z.logsumexp(-1).square().mean()
+
+
+def with_entropy(heads: Heads, d: Data) -> Tensor:
+    z = heads.b(d.x)
+    return F.cross_entropy(z, d.y) + 0.1 * (z.softmax(-1) * z.log_softmax(-1)).sum(-1).mean()
+
+
+def with_distillation(heads: Heads, d: Data) -> Tensor:
+    z, t = heads.b(d.x), heads.t(d.e)
+    return F.cross_entropy(z, d.y) + F.kl_div(z.log_softmax(-1), t.softmax(-1), reduction="batchmean")
+
+
+@pytest.mark.parametrize("loss", [with_z_loss, with_entropy, with_distillation])
+def test_what_would_take_several_programs_of_a_head_is_one(loss: Loss, heads: Heads) -> None:
+    assert products_of(loss, heads) == (["rows"], 3)
+    torch._dynamo.reset()
+    check(loss, data(), heads, torch.compile(loss, backend="cce", options=OPTIONS))
+
+
+def with_metrics(heads: Heads, d: Data) -> tuple[Tensor, Tensor, Tensor]:
+    z = heads.b(d.x)
+    with torch.no_grad():
+        accuracy, mean = (z.argmax(-1) == d.y).float().mean(), z.mean()
+    return F.cross_entropy(z, d.y), accuracy, mean
+
+
+def test_a_kernel_keeps_a_loss_with_metrics_beside_it(heads: Heads) -> None:
+    report = cce_fx.explain(with_metrics, heads, data(), options=cce_fx.Options(**OPTIONS))
+    assert [(r.tier, r.logits) for r in report.rewritten] == [("kernel", "unused"), ("rows", "unused")]
+    torch._dynamo.reset()
+    check(with_metrics, data(), heads, torch.compile(with_metrics, backend="cce", options=OPTIONS))
+
+
+def test_losses_that_cannot_be_one_program_stay_the_kernels(heads: Heads) -> None:
+    def loss(heads: Heads, d: Data) -> Tensor:
+        z = heads.b(d.x)
+        return (
+            F.cross_entropy(z, d.y)
+            + 1e-2 * z.logsumexp(-1).square().mean()
+            + (z.softmax(0) * z.softmax(1)).square().mean()
+        )
+
+    report = cce_fx.explain(loss, heads, data(), options=cce_fx.Options(**OPTIONS))
+    assert [r.tier for r in report.rewritten] == ["kernel"]
+    torch._dynamo.reset()
+    check(loss, data(), heads, torch.compile(loss, backend="cce", options=OPTIONS))
 
 
 def test_layers_of_a_model_are_no_row_programs() -> None:

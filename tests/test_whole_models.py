@@ -24,7 +24,7 @@ FEW = [
 ]
 
 
-@pytest.mark.sample(4)  # each takes twenty seconds
+@pytest.mark.sample(12)  # each takes twenty seconds
 @pytest.mark.parametrize("which", FEW)
 def test_an_architecture_holds(which: str) -> None:
     use = zoo.apart(examine, which, "eager greedy", 1800, failed=Use)

@@ -65,9 +65,9 @@ void gradient_of(const Call& q, Columns columns, float* tile, const RowBlock& bl
 
 // --- gradient of hidden ------------------------------------------------------------------------------------------------------
 
-// Pack a chunk's weights as the right factor of the gradient of hidden, where the logits have not done so.
-void pack_right(const Call& q, const Sizes& s, Columns columns, const Buffers& own) {
-  if (both_factors(q)) return;
+// Pack a chunk's weights as the right factor of the gradient of hidden, unless the logits of the chunk have done so.
+void pack_right(const Call& q, const Sizes& s, Columns columns, const Buffers& own, bool there) {
+  if (there && both_factors(q)) return;
   const Phase phase(kPacking);
   for (int64_t k = 0; k < s.span; k += kPanel)
     pack_panel(weight_of(q), columns.first, columns.count, k, own.right + k * s.pairs);

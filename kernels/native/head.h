@@ -28,7 +28,7 @@ struct Head {  // as in library.py
   float *nll, *lse;  // of each row, made at the end of all steps; null where not wanted
   // Gradients (N, D), (V, D) and (V,), contiguous; null where not wanted.
   Number *d_hidden, *d_weight;
-  float* d_bias;
+  float *d_bias, *logits;    // (V, R) of a step's R rows, a multiple of kFill: products, or the gradient of the products
   int64_t columns, threads;  // columns of a chunk
   float* workspace;          // as many numbers as `cce_workspace` says for the largest step
   int64_t workspace_size;
@@ -39,14 +39,14 @@ struct Step {  // as in library.py
   int64_t kind;  // as in plan.py
   int64_t first, last, rows, block, begin, end, classes;
   int32_t hidden, weights;      // whether it makes the gradient of hidden, and those of weight and bias
-  int32_t in_weight, unused;    // whether tiles lie in the memory of the weight's gradient, which holds nothing yet
+  int32_t in_weight, adds;      // whether tiles lie in the memory of the weight's gradient; whether this holds something already
 };
 
 }  // extern "C"
 
 namespace {
 
-enum Kind { kSums, kTiles, kWeights, kGradients };
+enum Kind { kSums, kTiles, kWeights, kGradients, kProducts, kGiven };
 
 // One piece of a step: some of its rows, or of its columns.
 struct Call : Head {
@@ -61,7 +61,7 @@ struct Call : Head {
     block = step.block;
     begin = step.begin + piece / by_rows * step.classes;
     end = std::min(begin + step.classes, step.end);
-    fresh = first == 0;
+    fresh = first == 0 && !step.adds;
     stores = step.kind == kTiles;
     in_weight = step.in_weight;
     if (!step.hidden) d_hidden = nullptr;

@@ -38,7 +38,7 @@ class Head(ctypes.Structure):
         *((name, _POINTER) for name in ("prob", "hit", "uniform", "uniform_weight")),
         *((name, _POINTER) for name in ("highest", "sumexp", "target_logit", "weighted_sum")),
         *((name, _POINTER) for name in ("nll", "lse")),
-        *((name, _POINTER) for name in ("d_hidden", "d_weight", "d_bias")),
+        *((name, _POINTER) for name in ("d_hidden", "d_weight", "d_bias", "logits")),
         ("columns", _COUNT),
         ("threads", _COUNT),
         ("workspace", _POINTER),
@@ -51,7 +51,7 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         *((name, _COUNT) for name in ("kind", "first", "last", "rows", "block", "begin", "end", "classes")),
-        *((name, _FLAG) for name in ("hidden", "weights", "in_weight", "unused")),
+        *((name, _FLAG) for name in ("hidden", "weights", "in_weight", "adds")),
     ]
 
 

@@ -16,7 +16,7 @@ from ..spec import Sizes
 from .library import Head, Library, Step, compiled
 
 # Kinds of steps, as in head.h.
-SUMS, TILES, WEIGHTS, GRADIENTS = range(4)
+SUMS, TILES, WEIGHTS, GRADIENTS, PRODUCTS, GIVEN = range(6)
 FILL = 16  # rows are filled up to a multiple of this, as in head.h
 FEWEST_ROWS = 32  # whose tiles are stored; with fewer, making the logits twice is faster
 MOST_THREADS = 256
@@ -86,6 +86,25 @@ def gradients(sizes: Sizes, threads: int) -> Plan:
         return _joined(*p.apart(0))
 
     return _first(sizes, threads, make)
+
+
+@functools.lru_cache(maxsize=256)
+def products(sizes: Sizes, threads: int) -> Plan:
+    """The logits of all rows: one product of 2NDV operations."""
+    return _one(sizes, threads, PRODUCTS, {})
+
+
+@functools.lru_cache(maxsize=256)
+def given(sizes: Sizes, threads: int, adds: bool) -> Plan:
+    """Gradients from that of the products; `adds` where there is one of the weight already, to be added to."""
+    return _one(sizes, threads, GIVEN, {"hidden": sizes.hidden, "weights": sizes.weight, "adds": adds})
+
+
+def _one(sizes: Sizes, threads: int, kind: int, flags: dict[str, int]) -> Plan:
+    """One step for all rows at once, whatever the workspace."""
+    planner = _Planner(sizes, threads, smallest=False)
+    step = planner.step(kind, 0, sizes.rows, sizes.rows, **flags)
+    return Plan((step,), planner.threads, planner.columns, planner.size(step))
 
 
 def _first(sizes: Sizes, threads: int, make: Callable[[_Planner], list[Step] | None]) -> Plan:

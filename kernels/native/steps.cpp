@@ -148,7 +148,7 @@ void sum_up(const Call& q, const Sizes& s, const RowBlock& block, const float* p
     if (!q.d_hidden) continue;
     // Without the targets: p - 1 is more exact as a number than as what is left of two products.
     each_target(q, columns, block, [&](int64_t r, int64_t c) { own.at_target[r] = std::exchange(tile[c * block.padded + r], 0.0f); });
-    pack_right(q, s, columns, own);
+    pack_right(q, s, columns, own, true);
     add_hidden(q, s, columns, tile, block, 0, block.padded, own, own.d_hidden, chunk > chunks.first);
     if (q.stores) each_target(q, columns, block, [&](int64_t r, int64_t c) { tile[c * block.padded + r] = own.at_target[r]; });
   }
@@ -295,6 +295,15 @@ void make_weights(const Call& q, const Sizes& s, const RowState& state, const We
   }
 }
 
+// The gradient of hidden as the sum of what the threads hold.
+template <typename Part>
+void add_threads(const Call& q, const Sizes& s, Workspace workspace) {
+  if (!q.d_hidden) return;
+#pragma omp parallel for schedule(static) num_threads(q.threads) if (q.threads > 1)
+  for (int64_t r = 0; r < q.rows; ++r)
+    put_hidden<Part>(q, s, workspace, q.first + r, r, s.rows, nullptr, [](int64_t) { return Floats{}; });
+}
+
 // --- gradients from sums that are known ----------------------------------------------------------------------------------
 
 struct Recomputed : Buffers, Panels {
@@ -318,7 +327,7 @@ void make_again(const Call& q, const Sizes& s, const float* packed, const RowSta
       make_logits(q, s, columns, packed + block.first * s.depth, block.padded, own, tile, n > 0 && both_factors(q));
       gradient(q, columns, tile, block, state, q.d_bias);
       if (!q.d_hidden) continue;
-      if (n == 0) pack_right(q, s, columns, own);
+      if (n == 0) pack_right(q, s, columns, own, true);
       add_hidden(q, s, columns, tile, block, block.first, s.rows, own, own.d_hidden, chunk > chunks.first);
     }
 #if STORAGE == 0
@@ -328,12 +337,74 @@ void make_again(const Call& q, const Sizes& s, const float* packed, const RowSta
   }
 }
 
+#if STORAGE == 0
+// --- products apart from their loss ------------------------------------------------------------------------------------------
+
+struct Products : Buffers {
+  Products(const Call& q, const Sizes& s, Workspace& workspace) : Buffers(q, s, false, 0, workspace) {}
+};
+
+// The logits of one row block, for a loss that somebody else computes.
+void make_products(const Call& q) {
+  const Sizes s(q);
+  Workspace workspace{q.workspace};
+  float* const packed = workspace.take(s.rows * s.depth);
+  pack_transposed(hidden_of(q), 0, q.rows, s.rows, s.depth, packed);
+  in_threads(q, s, [&](int64_t t, Span chunks) {
+    const auto own = part_of<Products>(q, s, workspace, t);
+    std::fill_n(own.peak, s.rows, -INFINITY);
+    for (int64_t chunk = chunks.first; chunk < chunks.last; ++chunk) {
+      const Columns columns(q, chunk);
+      copy_bias(q, columns, own.bias);
+      make_logits(q, s, columns, packed, s.rows, own, q.logits + columns.first * s.rows);
+    }
+  });
+}
+
+struct Given : Buffers, Panels {
+  float* d_hidden;
+
+  Given(const Call& q, const Sizes& s, Workspace& workspace)
+      : Buffers(q, s, false, 0, workspace), Panels(q, s, s.rows, workspace), d_hidden(q.d_hidden ? workspace.take(s.rows * s.span) : nullptr) {}
+};
+
+// The gradients of hidden and weight from that of the products, which lies where the logits were.
+void use_given(const Call& q) {
+  const Sizes s(q);
+  Workspace workspace{q.workspace};
+  const RowBlock block(q, s, 0);
+  in_threads(q, s, [&](int64_t t, Span chunks) {
+    const auto own = part_of<Given>(q, s, workspace, t);
+    if (q.d_hidden && chunks.first == chunks.last) std::fill_n(own.d_hidden, s.rows * s.span, 0.0f);
+    if (q.d_weight && own.all(s)) own.take(q, s, 0, q.rows, 0);
+    for (int64_t chunk = chunks.first; chunk < chunks.last; ++chunk) {
+      const Columns columns(q, chunk);
+      const float* const tile = q.logits + columns.first * s.rows;
+      if (q.d_hidden) {
+        pack_right(q, s, columns, own, false);
+        add_hidden(q, s, columns, tile, block, 0, s.rows, own, own.d_hidden, chunk > chunks.first);
+      }
+      if (q.d_weight)
+        add_weight(q, s, columns, {tile, 0, q.rows, s.rows}, own, {q.d_weight + columns.first * q.width, q.width, q.width}, !q.fresh);
+    }
+  });
+  add_threads<Given>(q, s, workspace);
+}
+#endif
+
 // --- calls -----------------------------------------------------------------------------------------------------------------
 
 // How many numbers the workspace of a call has to have.
 int64_t size_of(const Call& q, int64_t kind) {
   const Sizes s(q);
   Workspace workspace{nullptr};
+#if STORAGE == 0
+  if (kind == kGiven) return size_with<Given>(q, s, workspace);
+  if (kind == kProducts) {
+    workspace.take(s.rows * s.depth);
+    return size_with<Products>(q, s, workspace);
+  }
+#endif
   const RowState state(s, workspace);
   if (kind == kWeights) return size_with<Weights>(q, s, workspace);
   const StoredTiles stored(q, s, workspace);
@@ -408,10 +479,7 @@ void make_gradients(const Call& q) {
   in_threads(q, s, [&](int64_t t, Span chunks) {
     make_again(q, s, packed, state, part_of<Recomputed>(q, s, workspace, t), chunks);
   });
-  if (!q.d_hidden) return;
-#pragma omp parallel for schedule(static) num_threads(q.threads) if (q.threads > 1)
-  for (int64_t r = 0; r < q.rows; ++r)
-    put_hidden<Recomputed>(q, s, workspace, q.first + r, r, s.rows, nullptr, [](int64_t) { return Floats{}; });
+  add_threads<Recomputed>(q, s, workspace);
 }
 
 // Whether what was made is finite, where that has to be known.
@@ -421,6 +489,12 @@ bool make(const Call& q, int64_t kind) {
     make_weights(q);
   } else if (kind == kGradients) {
     make_gradients(q);
+#if STORAGE == 0
+  } else if (kind == kProducts) {
+    make_products(q);
+  } else if (kind == kGiven) {
+    use_given(q);
+#endif
   } else {
     finite = make_sums(q) || !(q.d_hidden || q.stores);
 #if STORAGE == 0

@@ -38,14 +38,14 @@ class Split:
     weight: Any = None
     ignore_index: int = -100
 
-    def tail(self, rows: Any, dtype: torch.dtype, proxy: Callable[[Any], Any]) -> Any:
-        """The node's value, of the rows' values: tensors or proxies."""
+    def tail(self, rows: Any, batch: Any, dtype: torch.dtype, proxy: Callable[[Any], Any]) -> Any:
+        """The node's value, of the rows' values (`batch`, ...): tensors or proxies."""
         if self.reduction == "mean":
             return rows.mean().to(dtype)
         if self.reduction == "sum":
             return rows.sum().to(dtype)
         if self.reduction == "batchmean":
-            return (rows.sum() / rows.size(0)).to(dtype)
+            return (rows.sum() / batch).to(dtype)
         target = proxy(self.target)
         counted = target != self.ignore_index
         if self.weight is None:

@@ -8,15 +8,15 @@ it, the node stays in the graph, and what it reads of the stretch has to come ou
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from ..._torch import FakeTensorMode, HigherOrderOperator, tree_leaves, tree_map
+from ..._torch import HigherOrderOperator, tree_leaves, tree_map
+from .. import fakes
 from ..autocast import autocast_at, under
 from ..canonical import canonical, mutated_arguments
 from ..decide import row_count
@@ -41,24 +41,13 @@ def stretch_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes:
         found: what else the graph holds: views whose rows were moved, and nodes under transforms.
         sizes: a number for a size that is a symbol.
     """
-    with _quiet():
+    with fakes.quiet():
         best = _stretch_of(graph, heads, found, sizes, pulls=True)
         if any(node not in best.heads for node in heads):
             # What is made for each row anew may be what does not fit.
             other = _stretch_of(graph, heads, found, sizes, pulls=False)
             best = max(best, other, key=lambda s: sum(node in s.heads for node in heads))
         return best
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Torch logs what fails on fake tensors as errors; here it is how an operation says that it does not fit."""
-    log = logging.getLogger(FakeTensorMode.__module__)
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
 
 
 def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> Stretch:
@@ -256,9 +245,9 @@ class _Reader:
             self._found.refused[node] = f"`{spelling(node)}`: {type(error).__name__}: {error}".splitlines()[0]
 
     def _run(self, node: Node) -> None:
-        products, large = self._recorder.products, any(self._is_large(n) for n in node.all_input_nodes)
+        products = self._recorder.products
         out = self._either_way(lambda argument: self._recorder.run(*self._call(node, argument)))
-        if self._recorder.products > products and not large:
+        if self._recorder.products > products and not any(self._is_large(n) for n in node.all_input_nodes):
             raise NotByRows("a product of what has no classes any more")
         self._check(out, value_of(node))
         self._inside[node] = out
@@ -322,11 +311,14 @@ class _Reader:
                 continue
             if not isinstance(value, Tensor) or fake.dtype != value.dtype or fake.dim() != value.dim():
                 raise NotByRows("another result than in the example")
-            flows = self._recorder.value(fake).grad
-            if flows and not value.requires_grad:
-                self._recorder.detach(fake)
-            elif value.requires_grad and not flows:
-                raise NotByRows("a gradient that does not come from the operation")
+            self._check_flow(fake, value)
+
+    def _check_flow(self, fake: Tensor, example: Tensor) -> None:
+        flows = self._recorder.value(fake).grad
+        if flows and not example.requires_grad:
+            self._recorder.detach(fake)
+        elif example.requires_grad and not flows:
+            raise NotByRows("a gradient that does not come from the operation")
 
     def _moved(self, node: Node) -> bool:
         """Rows that were moved, which a hidden state of their own makes."""
@@ -352,6 +344,7 @@ class _Reader:
             if split.reduction == "batchmean" and (not dims or 0 in over):
                 return False
             rows = self._recorder.run(reduced, (rows, over, split.reduction), {})
+            self._check_flow(rows, value_of(node))
         except NotByRows as refusal:
             self._found.refused[node] = f"`{spelling(node)}`: {refusal}"
             return True

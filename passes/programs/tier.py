@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The second tier of the pass: heads that no kernel took, as row programs."""
+"""The second tier of the pass: heads that no kernel took, or that several would have taken, as row programs."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
-import sympy
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...functional import makes_grads_in_forward
 from ..canonical import canonical
-from ..decide import illegal_head, least_classes, row_count
+from ..decide import decide, illegal_head, least_classes, row_count
 from ..fakes import WouldGuard
 from ..faults import Undo
-from ..memory import N, V
+from ..memory import N, V, bytes_of_blocks, products_of
 from ..policy import Policy
 from ..report import Rewritten
 from ..rewriter import logits_use
 from ..sharded import is_sharded
 from ..trace import Trace
-from ..values import Decline, LogitsView, Reason, behind, example_size, source_line, value_of
+from ..values import Decline, LogitsView, LossSite, Reason, Result, behind, example_size, source_line, value_of
 from .axes import NotByRows, RowsMixed, resolved, rows_in
 from .emit import Emitted, emit
-from .found import Exit
+from .found import Exit, Stretch
 from .linear import make_gradients_in_forward
 from .record import Turned
 from .sizes import Numbers
@@ -44,7 +43,7 @@ class Cut:
     heads: dict[Node | Turned, LogitsView]
     grads_in_forward: bool
 
-    def reported(self) -> Rewritten:
+    def reported(self, policy: Policy) -> Rewritten:
         """For the report; the sizes are those of the first head."""
         head, view = next(iter(self.heads.items()))
         node = head.node if isinstance(head, Turned) else head
@@ -53,7 +52,6 @@ class Cut:
         anchor = self.exits[-1].first or self.exits[-1].node
         each = sum((v.classes if isinstance(v.classes, int) else V) * v.dtype.itemsize for v in self.heads.values())
         saved = 3 * each * N
-        needed = 4 * each * sympy.Min(128, N)
         return Rewritten(
             loss=anchor.name,
             linear=node.name,
@@ -64,7 +62,7 @@ class Cut:
             strategy="grads_in_forward" if self.grads_in_forward else "recompute",
             bytes_saved=None if None in (numbers[0], numbers[2]) else int(saved.subs({N: numbers[0], V: numbers[2]})),
             bytes_saved_expr=str(saved),
-            bytes_needed_expr=str(needed),
+            bytes_needed_expr=str(bytes_of_blocks(each, policy)),
             rows=numbers[0],
             hidden_size=numbers[1],
             classes=numbers[2],
@@ -95,20 +93,49 @@ class RowPrograms:
 _VAGUE = (Reason.NO_RULE, Reason.NO_LINEAR, Reason.USED)
 
 
-def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPrograms:
-    """Write row programs for the heads of a graph whose logits are still used, in place."""
+def join_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPrograms:
+    """Write one row program for all that is made of the heads of a graph, in place, where the kernels take more products for it."""
+    heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
+    if policy.filter_eps is None and any(_is_dear(head, found, policy) for head in heads):
+        joined = cut_rows(gm, found, policy, undo, at_once=True)
+        if joined.cuts:
+            return joined
+    return RowPrograms()
+
+
+def _is_dear(head: Node, found: Trace, policy: Policy) -> bool:
+    """Whether the losses of a head, each by a kernel and the rest as a row program, are more than a product dearer than one program."""
+    needed, products, taken = found.needed(), 0.0, set()
+    rows = example_size(row_count(found.heads[head]))
+    few = {Result.LOGIT: 0, Result.MAX: 1}  # the target's row of the weight is all that a gradient takes
+    for candidate in found.candidates:
+        site = decide(candidate, policy, needed) if candidate.view.linear is head else None
+        if isinstance(site, LossSite):
+            taken |= {candidate.anchor, *candidate.view.path}
+            one = products_of(value_of(candidate.anchor).requires_grad, site.needs is not None)
+            products += few.get(candidate.result, one) * example_size(row_count(candidate.view)) / rows
+    views = [node for node, view in found.views.items() if view.linear is head]
+    rest = {u for node in views for u in node.users if u.op != "output" and u not in taken and u not in found.views}
+    if rest:
+        differentiable = any(isinstance(v := value_of(u), Tensor) and v.requires_grad for u in rest)
+        products += products_of(differentiable, True)
+    return products > products_of(True, True) + 1
+
+
+def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo, *, at_once: bool = False) -> RowPrograms:
+    """Write row programs for the heads of a graph whose logits are still used, in place; `at_once` one for all of them, or none."""
     heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
     numbers = Numbers(reading=0)
     stretch = stretch_of(gm.graph, heads, found, numbers)
     for node, why in stretch.refused.items():
         _log.debug("not in a row program: %s, %s", node.name, why)
     outcome = RowPrograms(refused=[Decline(why, n, stretch.refused[n]) for n, why in stretch.reasons.items()])
-    if not stretch.exits:
+    if not stretch.exits or (at_once and not _has_all(stretch, heads, found)):
         return outcome
     try:
         other = stretch_of(gm.graph, heads, found, Numbers(reading=1)) if numbers.given else None
         undo.remember()
-        groups = write(gm, stretch, policy, other)
+        groups = write(gm, stretch, policy, other, at_once)
     except (NotByRows, WouldGuard) as refusal:
         _log.debug("no row program: %s", refusal)
         if isinstance(refusal, RowsMixed):
@@ -125,6 +152,13 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPr
     gm.recompile()
     outcome.within = {*stretch.inside, *(e.node for e in stretch.exits)}
     return outcome
+
+
+def _has_all(stretch: Stretch, heads: dict[Node, LogitsView], found: Trace) -> bool:
+    """Whether all losses of some heads are in a stretch."""
+    within = {*stretch.inside, *(e.node for e in stretch.exits)}
+    losses = {c.anchor for c in found.candidates if c.view.linear in heads}
+    return heads.keys() <= stretch.heads.keys() and losses <= within
 
 
 def rows_of(gm: GraphModule, found: Trace, policy: Policy, node: Node) -> Literal["in order", "moved"] | None:

@@ -26,17 +26,19 @@ from .sizes import without_numbers
 
 
 def write(
-    gm: GraphModule, stretch: Stretch, policy: Policy, other: Stretch | None = None
+    gm: GraphModule, stretch: Stretch, policy: Policy, other: Stretch | None = None, at_once: bool = False
 ) -> list[tuple[Emitted, list[Exit], Node]]:
     """Write a stretch's programs into a graph, in place; the nodes of the stretch stay, with fewer users.
 
     Returns each program, what it returns, and the call of it. `other` is the stretch with other numbers in the place of sizes
-    that are not fixed.
+    that are not fixed. `at_once` is for one program, or none.
 
     Raises NotByRows, with the graph as it was, where a program cannot be written.
     """
     order = _Order(gm.graph)
     groups = _groups(stretch, order)
+    if at_once and len(groups) > 1:
+        raise NotByRows("several programs")
     if other is not None:
         groups = [(_unfixed(emitted, exits, stretch, other), exits) for emitted, exits in groups]
     done: list[tuple[Builder, list[tuple[Node, Node]], Node]] = []
@@ -187,7 +189,8 @@ def _write_group(
                 value = rows.output(out[number], exit.value.dims)
                 node = exit.node
                 if exit.split is not None:
-                    value = exit.split.tail(value, value_of(node).dtype, builder.proxy)
+                    batch = rows.size(exit.value.dims[0]) if exit.value.dims else 1
+                    value = exit.split.tail(value, batch, value_of(node).dtype, builder.proxy)
                 new.append((node, value.node))
         propagate(gm, builder.written, grad=True)
         for node, made in new:
@@ -282,7 +285,7 @@ class _Rows:
             x = x.reshape([*shape, *map(self._size, others)])
             x = x.expand([self._size(a) for a in (*self._axes, *others)])
         whole = len(self._axes) == 1 and plain and not missing and len(others) == len(given.shape)
-        shape = [self._product(others_in(given.dims[n])) for n in kept(given.dims)]
+        shape = [self.size(others_in(given.dims[n])) for n in kept(given.dims)]
         return x if whole else x.reshape([-1, *shape])
 
     def output(self, x: Any, dims: Sequence[Dim]) -> Any:
@@ -306,10 +309,11 @@ class _Rows:
             del axes[at]
         order = [next(n for n, b in enumerate(axes) if b is a) for a in here]
         x = x if order == list(range(len(order))) else x.permute(order)
-        sizes = [self._product(dim) for dim in dims]
+        sizes = [self.size(dim) for dim in dims]
         return x if all(len(resolved(d)) == 1 for d in dims) else x.reshape(sizes)
 
-    def _product(self, dim: Dim) -> Any:
+    def size(self, dim: Dim) -> Any:
+        """Of a dimension: a number, or a proxy of one that is there before the program."""
         axes = resolved(dim)
         return math.prod(self._size(a) for a in axes) if axes else 1
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -86,14 +87,15 @@ def ends_before_the_loss(plain: bool) -> None:
         torch.compile(model, backend="cce", options=OPTIONS)(*data())
 
 
-def test_a_process_that_never_gets_to_the_loss_is_an_error_in_the_others() -> None:
-    for plain in (True, False):
-        workers = Workers(2, timeout=8)
-        try:
-            start = time.monotonic()
-            (survived, message), (other, ended) = workers.outcomes(ends_before_the_loss, plain)
-            assert not survived and "rank 1 of group" in message and "did not reach" in message, message
-            assert not other and ended == "the process ended"
-            assert time.monotonic() - start < 100  # the start of the processes, a compilation, and one timeout
-        finally:
-            workers.stop()
+@pytest.mark.sample(2)
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_process_that_never_gets_to_the_loss_is_an_error_in_the_others(plain: bool) -> None:
+    workers = Workers(2, timeout=8)
+    try:
+        start = time.monotonic()
+        (survived, message), (other, ended) = workers.outcomes(ends_before_the_loss, plain)
+        assert not survived and "rank 1 of group" in message and "did not reach" in message, message
+        assert not other and ended == "the process ended"
+        assert time.monotonic() - start < 100  # the start of the processes, a compilation, and one timeout
+    finally:
+        workers.stop()

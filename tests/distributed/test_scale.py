@@ -53,6 +53,7 @@ def every_case(layout: Layout) -> list[tuple[Head, torch.dtype, int, int]]:
     return [(head, dtype, *(measured(head, layout, dtype, cut) for cut in (False, True))) for head, dtype in cases]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("layout", [Layout(tensor=2), Layout(sequence=2)], ids=str)
 def test_predictions_for_divided_heads_are_what_is_measured(two: Workers, layout: Layout) -> None:
     for head, dtype, dense, cut in two.run(every_case, layout)[0]:

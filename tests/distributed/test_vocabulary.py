@@ -110,11 +110,13 @@ FORMS = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("form", FORMS)
 def test_a_parallel_head_is_cut(two: Workers, form: str) -> None:
     two.run(parallel_step, *FORMS[form])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("form", ["a plain head", "fewer classes than a block for each"])
 def test_four_processes_of_which_one_may_hold_no_class(four: Workers, form: str) -> None:
     four.run(parallel_step, *FORMS[form])
@@ -176,6 +178,7 @@ def grid_step(form: str) -> None:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.12", reason="loss_parallel of torch 2.11 knows meshes of one dimension only")
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("form", ["rows of a batch", "classes second", "an uneven sequence"])
 def test_sequence_and_vocabulary_on_a_mesh_of_four(four: Workers, form: str) -> None:
     four.run(grid_step, form)

@@ -185,6 +185,49 @@ void check(const char* plan, Problem& p, std::vector<Step> steps, bool sums, boo
   check_gradient(plan, "gradient of bias", p, p.d_bias, p.ref_bias, kMost[STORAGE]);
 }
 
+#if STORAGE == 0
+// The products of a block whose loss somebody else computes: logits, and the gradients that a gradient of the logits gives, the
+// weight's added to what is there.
+void check_products(Problem& p) {
+  const int64_t rows = up(p.n, kFill);
+  std::vector<float> logits(p.v * rows), hidden(rows * p.d), d_hidden(rows * p.d, NAN), d_weight(p.v * p.d, 1.0f), workspace;
+  Doubles exact(p.v * rows), exact_hidden(rows * p.d), exact_weight(p.v * p.d, 1.0);
+  for (int64_t r = 0; r < p.n; ++r)
+    for (int64_t k = 0; k < p.d; ++k) hidden[r * p.d + k] = p.h(r, k);
+  Head head{};
+  head.weight = p.head.weight, head.weight_row = p.head.weight_row, head.weight_column = p.head.weight_column;
+  head.hidden = hidden.data(), head.hidden_row = p.d, head.hidden_column = 1;
+  head.classes = p.v, head.width = p.d, head.inner = head.outer = 1.0f;
+  head.columns = p.head.columns, head.threads = p.o.threads, head.logits = logits.data();
+  const auto take = [&](Step step) {
+    int64_t position = 0;
+    step.last = rows, step.rows = step.block = rows, step.end = step.classes = p.v;
+    workspace.assign(cce_workspace(&head, &step), NAN);
+    head.workspace = workspace.data(), head.workspace_size = workspace.size();
+    compare("products", "state", p, cce_run(&head, &step, 1, &position), 1.0, 0.0);
+  };
+  Step first{}, second{};
+  first.kind = kProducts, second.kind = kGiven;
+  second.hidden = second.weights = second.adds = 1;
+  take(first);
+  for (int64_t c = 0; c < p.v; ++c)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < p.d; ++k) exact[c * rows + r] += hidden[r * p.d + k] * p.w(c, k);
+  check_gradient("products", "logits", p, logits, exact, kMost[0]);
+  head.d_hidden = d_hidden.data(), head.d_weight = d_weight.data();
+  for (int64_t i = 0; i < p.v * rows; ++i) logits[i] = float(i % 11) - 5.0f;
+  take(second);
+  for (int64_t c = 0; c < p.v; ++c)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < p.d; ++k) {
+        exact_hidden[r * p.d + k] += logits[c * rows + r] * p.w(c, k);
+        exact_weight[c * p.d + k] += double(logits[c * rows + r]) * hidden[r * p.d + k];
+      }
+  check_gradient("products", "gradient of hidden", p, d_hidden, exact_hidden, kMost[0]);
+  check_gradient("products", "gradient of weight", p, d_weight, exact_weight, kMost[0]);
+}
+#endif
+
 Step step_of(int64_t kind, int64_t rows, int64_t block, bool hidden, bool weights, bool in_weight = false) {
   Step step{};
   step.kind = kind, step.rows = rows, step.block = block, step.hidden = hidden, step.weights = weights, step.in_weight = in_weight;
@@ -192,6 +235,9 @@ Step step_of(int64_t kind, int64_t rows, int64_t block, bool hidden, bool weight
 }
 
 void check_all(Problem& p) {
+#if STORAGE == 0
+  check_products(p);
+#endif
   check("sums", p, {step_of(kSums, 0, 32, false, false)}, true, false);
   const bool together = !(p.o.capped && p.o.weighted);  // else no step makes both
   Step weights = step_of(kWeights, 0, 32, false, true), again = step_of(kGradients, 32, 16, true, STORAGE == 0);

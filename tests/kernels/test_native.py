@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cce_fx.kernels import choose, native, portable, reference
-from cce_fx.kernels.native import build, common_case, library, plan, run
+from cce_fx.kernels.native import build, common_case, library, plan, products, run
 from cce_fx.kernels.native.library import FILES, STORAGE, Library, Step, compiled
 from cce_fx.kernels.spec import Epilogue, Needs, Problem, RowGrads, Sizes
 from tests.kernels.contract import ALL, check, problems, small, tensor, threads
@@ -70,9 +70,11 @@ def code_for(variant: str, dtype: torch.dtype) -> Library | None:
 @contextlib.contextmanager
 def on(variant: str) -> Iterator[None]:
     code = functools.partial(code_for, variant)
-    for cached in (*PLANS.values(), common_case.prepared):
+    for cached in (*PLANS.values(), plan.products, plan.given, common_case.prepared):
         cached.cache_clear()
-    with mock.patch.object(run, "compiled", code), mock.patch.object(plan, "compiled", code):
+    with contextlib.ExitStack() as patches:
+        for module in (run, plan, products):
+            patches.enter_context(mock.patch.object(module, "compiled", code))
         yield
 
 
@@ -276,6 +278,42 @@ def test_what_is_not_finite_is_as_in_torch_operations(where: str, value: float) 
     for a, b in zip(found, expected, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, equal_nan=True)
+
+
+@pytest.mark.sample(3)
+@needs_code
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("layout", ["in rows", "in columns"])
+@pytest.mark.parametrize("shape", [(16, 1, 7), (48, 33, 700), (64, 200, 2003), (128, 40, 5)])
+@pytest.mark.parametrize("count", [1, 3])
+def test_products_of_a_block(count: int, shape: tuple[int, int, int], layout: str, variant: str) -> None:
+    r, d, v = shape
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, given = (tensor(s, torch.float32, generator) for s in ((r, d), (v, d), (r, v)))
+    if layout == "in columns":
+        hidden, weight = (t.T.contiguous().T for t in (hidden, weight))
+    before = tensor((v, d), torch.float32, generator)
+    with on(variant), threads(count):
+        made = products.NativeProducts(weight, r)
+        made.logits(hidden)
+        close(made.tile, hidden.double() @ weight.double().T)
+        made.tile.copy_(given)
+        exact = given.double() @ weight.double(), given.double().T @ hidden.double()
+        for adds in (False, True):
+            d_hidden, d_weight = torch.full((r, d), torch.nan), before.clone()
+            made.gradients(hidden, d_hidden, d_weight, adds)
+            close(d_hidden, exact[0])
+            close(d_weight, exact[1] + before if adds else exact[1])
+        alone = torch.full((r, d), torch.nan), torch.full((v, d), torch.nan)
+        made.gradients(hidden, alone[0], None, False)
+        made.gradients(hidden, None, alone[1], False)
+        close(alone[0], exact[0])
+        close(alone[1], exact[1])
+        assert torch.equal(made.tile, given)
+
+
+def close(found: torch.Tensor, exact: torch.Tensor) -> None:
+    assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
 
 
 @needs_code

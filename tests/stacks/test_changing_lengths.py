@@ -126,6 +126,7 @@ def test_the_trainer(tmp_path: Path, optimizer: str) -> None:
     check(train)
 
 
+@pytest.mark.slow
 def test_sft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a loss function of one's own, for which trl asks the model for its logits. Its metrics take a chunk of classes at a time."""
     monkeypatch.setattr("trl.trainer.utils._CHUNKED_LOGPROB_CHUNK_SIZE", 1024)

@@ -26,8 +26,8 @@ def interpreted(path: Path, markers: str, **environment: str) -> None:
 
 
 def test_a_sample_in_the_interpreter() -> None:
-    """Every test, with one of its cases in sixteen."""
-    interpreted(ROOT / "tests" / "gpu", "gpu", CCE_FX_SAMPLE="16")
+    """Every test, with one of its cases in thirty-two."""
+    interpreted(ROOT / "tests" / "gpu", "gpu", CCE_FX_SAMPLE="32")
 
 
 @pytest.mark.slow
