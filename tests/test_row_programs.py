@@ -127,7 +127,7 @@ def test_shared_tensors_of_any_strides(inner: str, heads: Heads) -> None:
 def products_of(loss: Loss, heads: Heads, **options: Any) -> tuple[list[str], int]:
     """The tiers of what is cut, and how many of the head's products a step takes, each 2NDV operations."""
     given, n = data(), 0
-    report = cce_fx.explain(loss, heads, given, options=cce_fx.Options(**OPTIONS, **options))
+    report = cce_fx.explain(loss, heads, given, options=cce_fx.Options(**{**OPTIONS, **options}))
     for r in report.rewritten:
         n += 3 if r.strategy == "grads_in_forward" else 4
     return [r.tier for r in report.rewritten], n
@@ -150,9 +150,13 @@ def with_distillation(heads: Heads, d: Data) -> Tensor:
 
 @pytest.mark.parametrize("loss", [with_z_loss, with_entropy, with_distillation])
 def test_what_would_take_several_programs_of_a_head_is_one(loss: Loss, heads: Heads) -> None:
-    assert products_of(loss, heads) == (["rows"], 3)
+    assert products_of(loss, heads, inner="inductor") == (["rows"], 3)
     torch._dynamo.reset()
-    check(loss, data(), heads, torch.compile(loss, backend="cce", options=OPTIONS))
+    check(loss, data(), heads, torch.compile(loss, backend="cce", options={**OPTIONS, "inner": "inductor"}))
+
+
+def test_a_program_that_is_not_compiled_leaves_losses_to_the_kernels(heads: Heads) -> None:
+    assert products_of(with_z_loss, heads, inner="aot_eager") == (["kernel", "kernel"], 7)
 
 
 def with_metrics(heads: Heads, d: Data) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +182,7 @@ def test_losses_that_cannot_be_one_program_stay_the_kernels(heads: Heads) -> Non
             + (z.softmax(0) * z.softmax(1)).square().mean()
         )
 
-    report = cce_fx.explain(loss, heads, data(), options=cce_fx.Options(**OPTIONS))
+    report = cce_fx.explain(loss, heads, data(), options=cce_fx.Options(**{**OPTIONS, "inner": "inductor"}))
     assert [r.tier for r in report.rewritten] == ["kernel"]
     torch._dynamo.reset()
     check(loss, data(), heads, torch.compile(loss, backend="cce", options=OPTIONS))

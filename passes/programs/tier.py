@@ -94,9 +94,12 @@ _VAGUE = (Reason.NO_RULE, Reason.NO_LINEAR, Reason.USED)
 
 
 def join_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowPrograms:
-    """Write one row program for all that is made of the heads of a graph, in place, where the kernels take more products for it."""
+    """Write one row program for all that is made of the heads of a graph, in place, where the kernels take more products for it.
+
+    Not one that is not compiled: what is done to its blocks takes longer than products.
+    """
     heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
-    if policy.filter_eps is None and any(_is_dear(head, found, policy) for head in heads):
+    if policy.compiled and policy.filter_eps is None and any(_is_dear(head, found, policy) for head in heads):
         joined = cut_rows(gm, found, policy, undo, at_once=True)
         if joined.cuts:
             return joined
