@@ -37,6 +37,42 @@ FAULTS = [
         "    dims = list(value.dims)\n",
     ),
     Fault(
+        "a result that is part of the logits is what takes their place",
+        "cce_fx/row_op.py",
+        "return t.clone() if t.untyped_storage()._cdata in memory else t",
+        "return t",
+    ),
+    Fault(
+        "rows that fill up a block have a gradient",
+        "cce_fx/row_op.py",
+        "            head.tile[n:] = 0\n",
+        "            head.tile[n:] = 1\n",
+    ),
+    Fault(
+        "the gradient of the weight is that of the last block",
+        "cce_fx/row_op.py",
+        "self._d_weight[k], part.start > 0)",
+        "self._d_weight[k], False)",
+    ),
+    Fault(
+        "a block's code is for another layout of its inputs",
+        "cce_fx/row_op.py",
+        "return tuple(tuple((tuple(t.shape), t.stride(), t.dtype, t.device) for t in group) for group in groups)",
+        "return tuple(tuple((tuple(t.shape), t.contiguous().stride(), t.dtype, t.device) for t in group) for group in groups)",
+    ),
+    Fault(
+        "a reduction of all logits has their gradient where there is none",
+        "passes/programs/stretch.py",
+        "            self._check_flow(rows, value_of(node))\n",
+        "",
+    ),
+    Fault(
+        "losses of one head are one program though one of them mixes rows",
+        "passes/programs/tier.py",
+        "    if not stretch.exits or (at_once and not _has_all(stretch, heads, found)):\n",
+        "    if not stretch.exits:\n",
+    ),
+    Fault(
         "an axis that is mixed may have rows",
         "passes/programs/axes.py",
         "        if one.row and other.mixed:\n",
@@ -311,7 +347,7 @@ def red(fault: Fault, where: Path) -> bool:
         names = ("forms", "semantics", "lazy_logits", "programs", "ops")  # the quickest first
         tests = [f"tests/kernels/test_{name}.py" for name in ("native", "contract")]
         tests += [f"tests/test_{name}.py" for name in names]
-        if fault.path.startswith("passes/programs"):
+        if fault.path.startswith(("passes/programs", "cce_fx/row_op")):
             tests = [f"tests/test_{name}.py" for name in ("row_programs", "changing_sizes", "forms")]
         env = {**os.environ, "PYTHONPATH": str(where), "CCE_FX_PROGRAMS": "80"}
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]

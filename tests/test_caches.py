@@ -209,6 +209,7 @@ def test_an_exported_evaluation_loss_is_exported_again(tmp_path: Path) -> None:
         torch.testing.assert_close(loaded.module()(*inputs), expected)
 
 
+@pytest.mark.slow
 def test_aot_inductor_runs_it_where_python_is(tmp_path: Path) -> None:
     """In the process, or any other that has imported cce_fx: the operator is Python's, and the package calls it."""
     gm, expected, inputs = exported()

@@ -64,6 +64,7 @@ def test_the_optimizers_are_all_of_torch() -> None:
     assert len(OPTIMIZERS) >= 13 and len(STEPPED) >= 27
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("name", "step"), STEPPED, ids=lambda v: str(v))
 def test_an_optimizers_step_leaves_them_as_they_were(name: str, step: str) -> None:
     model, call, x, y = compiled()

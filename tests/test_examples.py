@@ -189,6 +189,7 @@ def test_hf_trainer_reads_the_logits_in_evaluation(tmp_path, cache, here):
 RECOMMENDER = ["--items", "20000", "--width", "32", "--users", "4", "--length", "16", "--steps", "2"]
 
 
+@pytest.mark.slow
 def test_recommender_with_a_loss_over_all_items(tmp_path):
     run(tmp_path, "recommender.py", *RECOMMENDER, "--only", "cce")
     (found,) = json.loads((tmp_path / "out" / "recommender.json").read_text()).values()
@@ -228,6 +229,7 @@ WAYS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_train_distributed_goes_as_in_one_process(way, tmp_path):
     text, _ = distributed(tmp_path, *way, "--check")

@@ -100,6 +100,7 @@ def check_as_it_was(model: Model, call: Callable[..., Any], steps: int = 2, inne
     assert model.calls == plain.calls == steps
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", STAGES)
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_the_program_runs_as_it_was(name: str, inner: str, monkeypatch: pytest.MonkeyPatch, told: list[str]) -> None:

@@ -195,6 +195,7 @@ def test_shapes_are_screened_on_paper_then_timed(tmp_path: Path, monkeypatch: py
         assert tune.proposed(head.config, "sweep", head, store.read(path)[2]) == [good]
 
 
+@pytest.mark.slow
 def test_a_step_of_a_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("transformers")
     path = tmp_path / "step.json"

@@ -107,6 +107,7 @@ def assert_step_as_eager(model: nn.Module, call: Any, loss: Callable[..., Tensor
 # --- how it is compiled -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("mode", [None, "default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
 def test_modes_of_inductor(mode: str | None, device: torch.device) -> None:
     model = Model().to(device)
@@ -198,6 +199,7 @@ def test_activation_checkpointing(recompute: str, device: torch.device) -> None:
     assert_step_as_eager(model, compiled(model))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("trained", ["embed trunk", "embed head", "trunk head", "head"])
 def test_frozen_parts(trained: str) -> None:
     model = Model()

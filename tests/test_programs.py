@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from .helpers import assert_all, compare
 from .programs import BY_HAND, Program, programs
 
-EXAMPLES = int(os.environ.get("CCE_FX_PROGRAMS", "105"))
+EXAMPLES = int(os.environ.get("CCE_FX_PROGRAMS", "63"))
 NEAR_MISSES = EXAMPLES * 3 // 7
 MANY, SEED = int(os.environ.get("CCE_FX_MANY", "20000")), int(os.environ.get("CCE_FX_SEED", "0"))
 few = settings(

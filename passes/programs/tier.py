@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -99,17 +100,18 @@ def join_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowP
     Not one that is not compiled: what is done to its blocks takes longer than products.
     """
     heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
-    if policy.compiled and policy.filter_eps is None and any(_is_dear(head, found, policy) for head in heads):
+    needed = found.needed()
+    if policy.compiled and policy.filter_eps is None and any(_is_dear(head, found, policy, needed) for head in heads):
         joined = cut_rows(gm, found, policy, undo, at_once=True)
         if joined.cuts:
             return joined
     return RowPrograms()
 
 
-def _is_dear(head: Node, found: Trace, policy: Policy) -> bool:
+def _is_dear(head: Node, found: Trace, policy: Policy, needed: Collection[Node]) -> bool:
     """Whether the losses of a head, each by a kernel and the rest as a row program, are more than a product dearer than one program."""
-    needed, products, taken = found.needed(), 0.0, set()
-    rows = example_size(row_count(found.heads[head]))
+    products, taken = 0.0, set()
+    rows = max(example_size(row_count(found.heads[head])), 1)
     few = {Result.LOGIT: 0, Result.MAX: 1}  # the target's row of the weight is all that a gradient takes
     for candidate in found.candidates:
         site = decide(candidate, policy, needed) if candidate.view.linear is head else None

@@ -70,7 +70,7 @@ def save(layout: str, wrapped: bool, folder: Path) -> set[str]:
     return set(state["model"])
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("wrapped", [False, True], ids=["compiled in place", "torch.compile(model)"])
 @pytest.mark.parametrize("layout", ["FSDP2", "TP"])
 def test_one_process_goes_on_from_what_two_saved(two: Workers, tmp_path: Path, layout: str, wrapped: bool) -> None:

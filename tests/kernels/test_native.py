@@ -163,7 +163,7 @@ def test_half_precision(shape: str, options: str, dtype: torch.dtype) -> None:
 
 @needs_code
 # CCE_FX_PROBLEMS draws more: under a sanitizer 2,000 (`nox -s sanitized`).
-@settings(max_examples=int(os.environ.get("CCE_FX_PROBLEMS", "60")), deadline=None)
+@settings(max_examples=int(os.environ.get("CCE_FX_PROBLEMS", "30")), deadline=None)
 @given(problems(), st.sampled_from(list(VARIANTS)), st.sampled_from([1, 2, 3, 7]))
 def test_drawn_problems_on_any_number_of_threads(
     drawn: tuple[Problem, RowGrads, Needs], variant: str, count: int
@@ -259,6 +259,7 @@ with mock.patch.object(plan, "_WORK", 1):
 """
 
 
+@pytest.mark.sample(3)
 @needs_code
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_every_step_repeats_bit_by_bit_in_another_process(count: int) -> None:

@@ -14,24 +14,25 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parent.parent.parent
 
 
-def interpreted(path: Path, markers: str, **environment: str) -> None:
+def interpreted(*paths: Path, markers: str, **environment: str) -> None:
     # An installed cce_fx is found as it is; in a checkout it is found at the root.
     path_list = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     env |= {"TRITON_INTERPRET": "1", "PYTHONPATH": path_list, **environment}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", markers, str(path)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", markers, *map(str, paths)]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     # 5: every test of the file was left out by the markers.
     assert done.returncode in (0, 5), done.stdout[-6000:] + done.stderr[-2000:]
 
 
 def test_a_sample_in_the_interpreter() -> None:
-    """Every test, with one of its cases in thirty-two."""
-    interpreted(ROOT / "tests" / "gpu", "gpu", CCE_FX_SAMPLE="32")
+    """What every kernel is held to, and its use through torch.compile, with one case of each test in thirty-two."""
+    paths = (ROOT / "tests" / "gpu" / f"test_{name}.py" for name in ("contract", "interface", "compile"))
+    interpreted(*paths, markers="gpu", CCE_FX_SAMPLE="32")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("markers", ["gpu and not slow", "gpu and slow"])
 @pytest.mark.parametrize("path", sorted((ROOT / "tests" / "gpu").glob("test_*.py")), ids=lambda p: p.stem)
 def test_in_the_interpreter(path: Path, markers: str) -> None:
-    interpreted(path, markers)
+    interpreted(path, markers=markers)
