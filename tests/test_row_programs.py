@@ -124,6 +124,17 @@ def test_shared_tensors_of_any_strides(inner: str, heads: Heads) -> None:
     check(loss, data(), heads, torch.compile(loss, backend="cce", options={**OPTIONS, "inner": inner}))
 
 
+@pytest.mark.parametrize("strategy", ["auto", "recompute"])
+def test_a_mean_over_no_row_has_no_gradient(strategy: str, heads: Heads) -> None:
+    def loss(heads: Heads, d: Data) -> Tensor:
+        return F.cross_entropy(heads.b(d.x).relu(), torch.full_like(d.y, -100))
+
+    compiled = torch.compile(loss, backend="cce", options={**OPTIONS, "strategy": strategy})
+    eager, ours = (outcome(loss, heads, data(), run) for run in (None, compiled))
+    for a, b in zip(eager, ours, strict=True):
+        assert (a is None and b is None) or torch.equal(a.nan_to_num(nan=7.0), b.nan_to_num(nan=7.0))
+
+
 def products_of(loss: Loss, heads: Heads, **options: Any) -> tuple[list[str], int]:
     """The tiers of what is cut, and how many of the head's products a step takes, each 2NDV operations."""
     given, n = data(), 0
@@ -262,6 +273,8 @@ def check_drawn(program: Program) -> bool:
     for number, (e, a, o) in enumerate(zip(exact, eager, ours, strict=True)):
         if a is not None and not a.isfinite().all():
             continue  # a program without a meaning
+        if program.dtype == torch.bfloat16 and program.metrics and number in (1, 2):
+            continue  # the largest class, or a rank, of numbers that a rounding makes equal
         assert_no_worse(f"result {number}", e, a, o, 64, max(size, 1.0) / 64, nearby=lambda n=number: nearby(n))
     return bool(counters["cce_fx"]["rewritten"])
 

@@ -53,7 +53,7 @@ class Split:
         else:
             weights = proxy(self.weight)[torch.where(counted, target, 0)]
             count = torch.where(counted, weights, 0).sum()
-        return (rows.sum() / count).to(dtype)
+        return (rows / count).sum().to(dtype)  # so that a mean over no row gives none of them a gradient
 
 
 def split_of(node: Node, value_of: Callable[[Any], Any]) -> Split | None:
@@ -76,8 +76,25 @@ def split_of(node: Node, value_of: Callable[[Any], Any]) -> Split | None:
     indices = isinstance(target, Tensor) and not target.is_floating_point()
     if reduction == "mean" and _LOSSES[node.target] in ("cross_entropy", "nll_loss") and indices:
         ignored = given.get("ignore_index", -100)
-        return Split(split.by_row, "weighted", split.args, split.kwargs, given["target"], given.get("weight"), ignored)
+        return Split(
+            _without_ignored(node.target, ignored),
+            "weighted",
+            split.args,
+            split.kwargs,
+            given["target"],
+            given.get("weight"),
+            ignored,
+        )
     return split
+
+
+def _without_ignored(loss: Any, ignored: int) -> Callable[..., Tensor]:
+    """A loss of each row that is zero with its gradient where the target is ignored, whatever a mean over none of them divides by."""
+
+    def by_row(input: Tensor, target: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return loss(input, target, *args, **kwargs).masked_fill(target == ignored, 0)  # type: ignore[no-any-return]
+
+    return by_row
 
 
 def _sum(node: Node, name: str) -> Split | None:
