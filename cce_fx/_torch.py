@@ -114,6 +114,9 @@ NAMES: dict[str, Private] = {
     "DisableTorchFunctionSubclass": Private("torch._C:DisableTorchFunctionSubclass", "asks a lazy tensor itself"),
     "disable_dynamo": Private("torch:_disable_dynamo", "`torch.compiler.disable` that does not load Dynamo"),
     "make_fx": Private("torch.fx.experimental.proxy_tensor:make_fx", "a block of rows with its gradient as one graph"),
+    "InductorError": Private(
+        "torch._inductor.exc:InductorError", "what inductor raises for a graph that it cannot compile"
+    ),
     "inductor_compile": Private("torch._inductor:compile", "compiles that graph"),
     "TorchDispatchMode": Private(
         "torch.utils._python_dispatch:TorchDispatchMode", "sees the aten operations below a graph's functions"

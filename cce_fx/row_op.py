@@ -14,6 +14,7 @@ inductor once for each program and kind of inputs, whatever the number of rows.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -27,6 +28,7 @@ from .kernels.combine import statistics_dtype
 from .op import LIBRARY, define, once
 from .row_program import RowProgram
 
+_log = logging.getLogger("cce_fx")
 _INPUTS = "Tensor[] hidden, Tensor[] weight, Tensor[] rows, Tensor[] shared"
 _HOW = "str program, int? workspace, bool compiled"
 MOST, LEAST, PART = 128, 32, 32  # rows of a block where nobody says how many: a part of all, within bounds
@@ -86,10 +88,7 @@ def _forward_block(program: RowProgram) -> Callable[..., Any]:
 
 
 def _gradient_block(program: RowProgram, needs: tuple[tuple[bool, ...], ...]) -> Callable[..., Any]:
-    """The outputs of a block, and the gradients of those inputs that need one for gradients of the differentiable outputs.
-
-    A gradient of the logits is written over them: a block's function reads and writes the same memory, and holds less.
-    """
+    """The outputs of a block, and the gradients of those inputs that need one for gradients of the differentiable outputs."""
 
     def run(heads: list[Tensor], rows: list[Tensor], shared: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         inputs = [
@@ -102,11 +101,23 @@ def _gradient_block(program: RowProgram, needs: tuple[tuple[bool, ...], ...]) ->
         wanted = [t for group in inputs for t in group if t.requires_grad]
         found = torch.autograd.grad([o for o, _ in flowing], wanted, [g for _, g in flowing], allow_unused=True)
         made = [torch.zeros_like(t) if g is None else g.to(t.dtype) for g, t in zip(found, wanted, strict=True)]
+        return [*(o.detach() for o in outputs), *made]
+
+    return run
+
+
+def _written_over(block: Callable[..., Any], outputs: int, needs: tuple[tuple[bool, ...], ...]) -> Callable[..., Any]:
+    """A gradient block that writes the gradients of the logits over them, and returns the rest.
+
+    Compiled so, it holds less: a block's function reads and writes the same memory.
+    """
+
+    def run(heads: Sequence[Tensor], *groups: Sequence[Tensor]) -> list[Tensor]:
         logits = [z for z, need in zip(heads, needs[0], strict=True) if need]
-        results = [_apart(t, logits) for t in (*(o.detach() for o in outputs), *made)]
-        for z, dz in zip(logits, results[len(outputs) :], strict=False):
+        results = [_apart(t, logits) for t in block(heads, *groups)]
+        for z, dz in zip(logits, results[outputs:], strict=False):
             z.copy_(dz)
-        return [*results[: len(outputs)], *results[len(outputs) + len(logits) :]]
+        return [*results[:outputs], *results[outputs + len(logits) :]]
 
     return run
 
@@ -133,19 +144,34 @@ def _compiled(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[...
 
 
 def _compile(text: str, needs: Any, kinds: Any, compiled: bool) -> Callable[..., Any]:
-    from ._torch import make_fx
-
     program = RowProgram.of(text)
+    if needs is None:
+        return _made(_forward_block(program), kinds, compiled)
+    block, outputs = _gradient_block(program, needs), len(program.outputs)
+    if not compiled:
+        return _made(_written_over(block, outputs, needs), kinds, compiled)
+    from ._torch import InductorError
+
+    try:
+        return _made(_written_over(block, outputs, needs), kinds, compiled)
+    except InductorError as error:  # torch 2.11 cannot compile some loops that write to what they read
+        _log.info("gradients of a row program's logits get memory of their own: %s", error)
+        return _written_over(_made(block, kinds, compiled), outputs, needs)
+
+
+def _made(function: Callable[..., Any], kinds: Any, compiled: bool) -> Callable[..., Any]:
+    """A function of groups of tensors as a graph, compiled or not, for inputs of these kinds."""
     examples = [
         torch.empty_strided(shape, stride, dtype=dtype, device=device)
         for group in kinds
         for shape, stride, dtype, device in group
     ]
-    function = _forward_block(program) if needs is None else _gradient_block(program, needs)
 
     def flat(*tensors: Tensor) -> Any:
         left = iter(tensors)
         return function(*([next(left) for _ in group] for group in kinds))
+
+    from ._torch import make_fx
 
     with torch.no_grad():
         run = make_fx(flat, tracing_mode="fake")(*examples)

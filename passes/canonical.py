@@ -45,7 +45,11 @@ _ALIASES = {
     "lift_fresh_copy": "contiguous",
     "concat": "cat",
     "concatenate": "cat",
+    "numpy_T": "T",
+    "matrix_H": "H",
 }
+# Attributes that Dynamo writes as `getattr` before torch 2.15, and as operators from then on.
+_ATTRIBUTES = ("T", "mT", "H", "mH")
 
 # Operations that change a tensor's dtype, or its device, and nothing else.
 CASTS = ("float", "double", "half", "bfloat16", "to", "type", "type_as")
@@ -87,6 +91,8 @@ def canonical(node: Node) -> str | Callable[..., Any] | None:
     if node.op != "call_function":
         return None
     target: Any = node.target
+    if target is getattr and node.args[1] in _ATTRIBUTES:
+        return str(node.args[1])
     if isinstance(target, OpOverload):
         if target.namespace != "aten":
             return target.overloadpacket

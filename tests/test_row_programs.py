@@ -14,6 +14,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import cce_fx
+from cce_fx import row_op
 from cce_fx.functional import Output, RowProgram
 from tests import row_losses
 from tests.helpers import assert_no_worse
@@ -111,6 +112,24 @@ def test_results_that_are_part_of_the_logits(inner: str, heads: Heads) -> None:
         return (z.softmax(-1) * z.tanh()).sum(-1).mean(), z[:, 3] * 1
 
     check(loss, data(), heads, torch.compile(loss, backend="cce", options={**OPTIONS, "inner": inner}))
+
+
+def test_a_block_that_cannot_be_compiled_in_place_is_compiled_otherwise(
+    heads: Heads, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compile_, tried = torch._inductor.compile, []
+
+    def refused(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
+        tried.append(any(n.target is torch.ops.aten.copy_.default for n in gm.graph.nodes))
+        if tried[-1]:
+            raise torch._inductor.exc.InductorError(KeyError("buf1"), None)
+        return compile_(gm, inputs)
+
+    monkeypatch.setattr("cce_fx._torch.inductor_compile", refused, raising=False)
+    loss = LOSSES["cross_entropy_with_entropy"]
+    row_op._compiled.cache_clear()
+    check(loss, data(), heads, torch.compile(loss, backend="cce", options={"min_vocab": 0, "logits": "keep"}))
+    assert tried == [True, False]
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])

@@ -81,8 +81,7 @@ def transposed(node: Node) -> Operand:
         if name == "permute":
             order = node.args[1:] if len(node.args) > 2 else node.args[1]
             swaps = [a % 2 for a in order] == [1, 0]  # type: ignore[union-attr]
-        attribute = node.op == "call_function" and node.target is getattr and node.args[1:] in (("T",), ("mT",))
-        if swaps or attribute:
+        if swaps or name in ("T", "mT"):
             return Operand(source)
     return Operand(node).then("t", torch.t)
 

@@ -157,11 +157,11 @@ def t(call: Call) -> Outcome:
     return view and (_permuted(call, view, [1, 0]) if len(view.shape) == 2 else view.at(call.node))
 
 
-@rule(getattr)
+@rule("T", "mT", "H", "mH")
 def attribute(call: Call) -> Outcome:
     """x.T and x.mT, as Dynamo writes them."""
-    view, name = call.view(), call.arg(1, "name")
-    if view is None or name not in ("T", "mT", "H", "mH") or (name in ("T", "H") and len(view.shape) != 2):
+    view, name = call.view(), canonical(call.node)
+    if view is None or (name in ("T", "H") and len(view.shape) != 2):
         return None
     rank = len(view.shape)
     return _permuted(call, view, [*range(rank - 2), rank - 1, rank - 2])
