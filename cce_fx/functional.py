@@ -21,10 +21,8 @@ from .kernels.spec import Epilogue, Needs
 from .kernels.spec import Sizes as Sizes
 from .op import DTYPES as DTYPES  # importing it registers the operators
 from .row_op import HELD as HELD
-from .row_op import LEAST as LEAST
-from .row_op import MOST as MOST
-from .row_op import PART as PART
 from .row_op import rows as rows_operator
+from .row_op import rows_wanted as rows_wanted
 from .row_op import rows_with_grads as rows_with_grads
 from .row_program import Output as Output
 from .row_program import RowProgram as RowProgram

@@ -31,18 +31,24 @@ from .row_program import RowProgram
 _log = logging.getLogger("cce_fx")
 _INPUTS = "Tensor[] hidden, Tensor[] weight, Tensor[] rows, Tensor[] shared"
 _HOW = "str program, int? workspace, bool compiled"
-MOST, LEAST, PART = 128, 32, 32  # rows of a block where nobody says how many: a part of all, within bounds
+_MOST, _LEAST, _PART = 128, 32, 32  # rows of a block where nobody says how many: a part of all, within bounds
 HELD = 3  # values of the size of a block's logits: these, in whose place their gradient comes, and about two on the way
 
 
-def _block_rows(hidden: Sequence[Tensor], weight: Sequence[Tensor], workspace: int | None) -> int:
-    """Rows of a block, a power of two: a part of all, or as many as a workspace of that many bytes holds."""
-    count = hidden[0].shape[0]
+def rows_wanted(count: Any, each: Any, workspace: int | None, smaller: Any = min, larger: Any = max) -> Any:
+    """Rows of a block of `count`, with `each` bytes of logits: a part of all, or as many as a workspace of that many bytes holds.
+
+    Of numbers, or of expressions with sympy's `Min` and `Max`.
+    """
     if workspace is None:
-        wanted = min(max(count // PART, LEAST), MOST)
-    else:
-        wanted = max(1, workspace // (HELD * sum(w.shape[0] * w.dtype.itemsize for w in weight)))
-    return 1 << (min(wanted, max(count, 1)).bit_length() - 1)
+        return smaller(count, _MOST, larger(_LEAST, count / _PART))
+    return smaller(count, larger(1, workspace // (HELD * each)))
+
+
+def _block_rows(hidden: Sequence[Tensor], weight: Sequence[Tensor], workspace: int | None) -> int:
+    """Rows of a block, a power of two."""
+    each = sum(w.shape[0] * w.dtype.itemsize for w in weight)
+    return 1 << (int(rows_wanted(max(hidden[0].shape[0], 1), each, workspace)).bit_length() - 1)
 
 
 class _Blocks:
@@ -231,13 +237,13 @@ class _Gradients:
         self._blocks = blocks
         h, r = len(blocks.hidden), len(blocks.rows)
         wants = [bool(n) for n in needs]
-        self.hidden, self.weight = wants[:h], wants[h : 2 * h]
+        hidden, weight = wants[:h], wants[h : 2 * h]
         rows, shared = wants[2 * h : 2 * h + r], wants[2 * h + r :]
-        heads = tuple(a or b for a, b in zip(self.hidden, self.weight, strict=True))
+        heads = tuple(a or b for a, b in zip(hidden, weight, strict=True))
         self.needs: Any = (heads, tuple(rows), tuple(shared))
-        self._d_hidden = [_like(t, n) for t, n in zip(blocks.hidden, self.hidden, strict=True)]
+        self._d_hidden = [_like(t, n) for t, n in zip(blocks.hidden, hidden, strict=True)]
         # Sums over blocks are made in the dtype of a product's own sums.
-        self._d_weight = [_like(t, n, exact=True) for t, n in zip(blocks.weight, self.weight, strict=True)]
+        self._d_weight = [_like(t, n, exact=True) for t, n in zip(blocks.weight, weight, strict=True)]
         self._d_rows = [_like(t, n) for t, n in zip(blocks.rows, rows, strict=True)]
         self._d_shared = [_like(t, n, exact=True) for t, n in zip(blocks.shared, shared, strict=True)]
         if not blocks.count:

@@ -11,7 +11,7 @@ from typing import Any
 import sympy
 import torch
 
-from ..functional import HELD, LEAST, MOST, PART, Sizes, statistics_dtype, workspace
+from ..functional import HELD, Sizes, rows_wanted, statistics_dtype, workspace
 from .policy import Policy
 from .sharded import division, has_divided_classes
 from .values import Candidate, Operand, value_of
@@ -43,9 +43,7 @@ def bytes_saved(candidate: Candidate) -> sympy.Expr:
 
 def bytes_of_blocks(each: sympy.Expr | int, policy: Policy) -> sympy.Expr:
     """Bytes that a row program holds for a block, of rows with `each` bytes of logits; its gradients are not counted."""
-    if policy.workspace is not None:
-        return HELD * each * sympy.Min(N, sympy.Max(1, sympy.floor(sympy.Integer(policy.workspace) / (HELD * each))))
-    return HELD * each * sympy.Min(N, MOST, sympy.Max(LEAST, N / PART))
+    return HELD * each * rows_wanted(N, each, policy.workspace, sympy.Min, sympy.Max)
 
 
 def bytes_needed(candidate: Candidate, needs: tuple[bool, bool, bool] | None, policy: Policy) -> sympy.Expr:

@@ -8,20 +8,18 @@ each kind of expression, with primes for the sizes of its rows; what the pass de
 from __future__ import annotations
 
 import functools
-import logging
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .._torch import FakeTensorMode, enter_autocast, exit_autocast, tree_map
-from ..passes import Policy, fakes
+from ..passes import fakes
 from ..passes.autocast import under, written_under
 from ..passes.faults import Fault, Undo, failed, stage
 from ..passes.pipeline import apply
@@ -73,7 +71,7 @@ def row_by_row(expression: Expression) -> tuple[torch.dtype, bool] | None:
     that has the logits' rows in order and one more dimension."""
 
     def examine(gm: GraphModule, node: Node) -> tuple[torch.dtype, bool] | None:
-        policy = replace(_policy(expression), min_vocab=0)
+        policy = replace(expression.chains[0].policy, min_vocab=0)
         rows = rows_of(gm, trace(gm.graph), policy, node) if policy.tiers == "all" else None
         return None if rows is None else (value_of(node).dtype, rows == "in order")
 
@@ -102,11 +100,6 @@ def run_without_logits(expression: Expression, small: bool) -> Any:
         return graph(*expression.values)
 
 
-def _policy(expression: Expression) -> Policy:
-    policy: Policy = expression.chains[0].run.meta.get("cce_fx_policy", Policy())
-    return policy
-
-
 def _cut_for_any_size(expression: Expression, small: bool) -> GraphModule | bool | None:
     """The graph without the logits, where two choices of sizes make the same of it; None where they do not, False at a fault."""
     one = _cut(expression, small, _FIRST[0])
@@ -118,7 +111,7 @@ def _cut_for_any_size(expression: Expression, small: bool) -> GraphModule | bool
 
 def _cut(expression: Expression, small: bool, first: int | None) -> GraphModule | bool | None:
     """The graph without the logits; None where the pass declines, False where it fails."""
-    policy = _policy(expression)
+    policy = expression.chains[0].policy
     # A compiled row program would let the program wait for the compiler, for a number that it may ask for once.
     policy = replace(policy, min_vocab=0, tiers="kernel" if small else policy.tiers, compiled=False)
 
@@ -138,7 +131,7 @@ def _examined(expression: Expression, first: int | None, examine: Callable[[Grap
     writer = _Writer(expression, first)
     with torch.autocast(expression.device.type, enabled=False), torch.inference_mode(False):
         try:
-            with mock.patch.object(_FAKES_LOG, "disabled", True):
+            with fakes.quiet():
                 node = writer.write()
         except Exception:  # of torch's: the operation will raise it again, of the logits
             return None
@@ -150,9 +143,6 @@ def _examined(expression: Expression, first: int | None, examine: Callable[[Grap
         except Fault as fault:
             failed(fault)
             return False
-
-
-_FAKES_LOG = logging.getLogger("torch._subclasses.fake_tensor")  # which tells of every error
 
 
 class _Writer:

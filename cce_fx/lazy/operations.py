@@ -19,7 +19,6 @@ from .._torch import (
     tree_map,
     tree_unflatten,
 )
-from ..passes import Policy
 from ..passes.autocast import autocast_of
 from ..passes.canonical import CASTS, canonical_callable
 from .expression import Expression, NotWritten, is_moved, read_rows
@@ -183,7 +182,7 @@ _SMALLEST = 1 << 20
 
 def _are_small(lazies: list[LazyLogits]) -> bool:
     roots = [root for lazy in lazies for root in lazy.state.roots]
-    asked = [root.chain.run.meta.get("cce_fx_policy", Policy()).min_vocab for root in roots if root.chain is not None]
+    asked = [root.chain.policy.min_vocab for root in roots if root.chain is not None]
     return all(n is None for n in asked) and all(r.like.numel() * r.like.element_size() < _SMALLEST for r in roots)
 
 

@@ -15,6 +15,7 @@ from torch.fx import GraphModule
 
 from .._torch import assert_async, tree_iter, tree_map
 from ..passes.autocast import under
+from ..passes.policy import Policy
 from . import gathered
 from .functions import Op
 from .weights import Copies, Witness, keep_through_steps
@@ -58,6 +59,12 @@ class HeadChain:
     def tensors(self) -> tuple[Tensor, ...]:
         """hidden and the tensors among the inputs."""
         return (self.hidden, *(x for x in self.inputs if isinstance(x, Tensor)))
+
+    @property
+    def policy(self) -> Policy:
+        """For losses that are taken of the logits: that of the program they are from."""
+        policy: Policy = self.run.meta.get("cce_fx_policy", Policy())
+        return policy
 
     def logits(self, hidden: Tensor | None = None) -> Tensor:
         """The logits, a plain tensor; of a `rowwise` chain those of other rows `hidden` (..., D)."""

@@ -52,7 +52,7 @@ enum Kind { kSums, kTiles, kWeights, kGradients, kProducts, kGiven };
 struct Call : Head {
   int64_t first, rows, block, begin, end;
   bool fresh;  // the gradients of weight and bias hold nothing yet
-  bool stores, in_weight;
+  bool stores, given, in_weight;
 
   Call(const Head& head, const Step& step, int64_t piece) : Head(head) {
     const int64_t by_rows = (step.last - step.first + step.rows - 1) / step.rows;
@@ -63,6 +63,7 @@ struct Call : Head {
     end = std::min(begin + step.classes, step.end);
     fresh = first == 0 && !step.adds;
     stores = step.kind == kTiles;
+    given = step.kind == kGiven;
     in_weight = step.in_weight;
     if (!step.hidden) d_hidden = nullptr;
     if (!step.weights) d_weight = nullptr, d_bias = nullptr;

@@ -306,15 +306,15 @@ void add_threads(const Call& q, const Sizes& s, Workspace workspace) {
 
 // --- gradients from sums that are known ----------------------------------------------------------------------------------
 
-struct Recomputed : Buffers, Panels {
+struct Gradients : Buffers, Panels {
   float* d_hidden;
 
-  Recomputed(const Call& q, const Sizes& s, Workspace& workspace)
-      : Buffers(q, s, true, s.rows, workspace), Panels(q, s, s.rows, workspace), d_hidden(q.d_hidden ? workspace.take(s.rows * s.span) : nullptr) {}
+  Gradients(const Call& q, const Sizes& s, Workspace& workspace)
+      : Buffers(q, s, !q.given, s.rows, workspace), Panels(q, s, s.rows, workspace), d_hidden(q.d_hidden ? workspace.take(s.rows * s.span) : nullptr) {}
 };
 
 // One thread's part of all gradients; in half precision of hidden's alone, since those of the weight cannot be added to.
-void make_again(const Call& q, const Sizes& s, const float* packed, const RowState& state, const Recomputed& own, Span chunks) {
+void make_again(const Call& q, const Sizes& s, const float* packed, const RowState& state, const Gradients& own, Span chunks) {
   const auto gradient = q.capped ? gradient_of<true> : gradient_of<false>;
   if (q.d_hidden && chunks.first == chunks.last) std::fill_n(own.d_hidden, s.rows * s.span, 0.0f);
   if (q.d_weight && own.all(s)) own.take(q, s, 0, q.rows, 0);
@@ -361,20 +361,13 @@ void make_products(const Call& q) {
   });
 }
 
-struct Given : Buffers, Panels {
-  float* d_hidden;
-
-  Given(const Call& q, const Sizes& s, Workspace& workspace)
-      : Buffers(q, s, false, 0, workspace), Panels(q, s, s.rows, workspace), d_hidden(q.d_hidden ? workspace.take(s.rows * s.span) : nullptr) {}
-};
-
 // The gradients of hidden and weight from that of the products, which lies where the logits were.
 void use_given(const Call& q) {
   const Sizes s(q);
   Workspace workspace{q.workspace};
   const RowBlock block(q, s, 0);
   in_threads(q, s, [&](int64_t t, Span chunks) {
-    const auto own = part_of<Given>(q, s, workspace, t);
+    const auto own = part_of<Gradients>(q, s, workspace, t);
     if (q.d_hidden && chunks.first == chunks.last) std::fill_n(own.d_hidden, s.rows * s.span, 0.0f);
     if (q.d_weight && own.all(s)) own.take(q, s, 0, q.rows, 0);
     for (int64_t chunk = chunks.first; chunk < chunks.last; ++chunk) {
@@ -388,7 +381,7 @@ void use_given(const Call& q) {
         add_weight(q, s, columns, {tile, 0, q.rows, s.rows}, own, {q.d_weight + columns.first * q.width, q.width, q.width}, !q.fresh);
     }
   });
-  add_threads<Given>(q, s, workspace);
+  add_threads<Gradients>(q, s, workspace);
 }
 #endif
 
@@ -399,7 +392,7 @@ int64_t size_of(const Call& q, int64_t kind) {
   const Sizes s(q);
   Workspace workspace{nullptr};
 #if STORAGE == 0
-  if (kind == kGiven) return size_with<Given>(q, s, workspace);
+  if (kind == kGiven) return size_with<Gradients>(q, s, workspace);
   if (kind == kProducts) {
     workspace.take(s.rows * s.depth);
     return size_with<Products>(q, s, workspace);
@@ -410,7 +403,7 @@ int64_t size_of(const Call& q, int64_t kind) {
   const StoredTiles stored(q, s, workspace);
   Workspace more = workspace;
   more.take((kind == kGradients ? s.rows : s.block) * s.depth);
-  if (kind == kGradients) return size_with<Recomputed>(q, s, more);
+  if (kind == kGradients) return size_with<Gradients>(q, s, more);
 #if STORAGE == 0
   return std::max(size_with<Sums>(q, s, more), size_with<FromTiles>(q, s, workspace));
 #else
@@ -477,9 +470,9 @@ void make_gradients(const Call& q) {
     pack_transposed(hidden_of(q), block.first, block.count, block.padded, s.depth, packed + block.first * s.depth);
   }
   in_threads(q, s, [&](int64_t t, Span chunks) {
-    make_again(q, s, packed, state, part_of<Recomputed>(q, s, workspace, t), chunks);
+    make_again(q, s, packed, state, part_of<Gradients>(q, s, workspace, t), chunks);
   });
-  add_threads<Recomputed>(q, s, workspace);
+  add_threads<Gradients>(q, s, workspace);
 }
 
 // Whether what was made is finite, where that has to be known.

@@ -99,7 +99,7 @@ def join_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo) -> RowP
 
     Not one that is not compiled: what is done to its blocks takes longer than products.
     """
-    heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
+    heads = _heads(found, policy)
     needed = found.needed()
     if policy.compiled and policy.filter_eps is None and any(_is_dear(head, found, policy, needed) for head in heads):
         joined = cut_rows(gm, found, policy, undo, at_once=True)
@@ -129,7 +129,7 @@ def _is_dear(head: Node, found: Trace, policy: Policy, needed: Collection[Node])
 
 def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo, *, at_once: bool = False) -> RowPrograms:
     """Write row programs for the heads of a graph whose logits are still used, in place; `at_once` one for all of them, or none."""
-    heads = {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
+    heads = _heads(found, policy)
     numbers = Numbers(reading=0)
     stretch = stretch_of(gm.graph, heads, found, numbers)
     for node, why in stretch.refused.items():
@@ -171,7 +171,7 @@ def rows_of(gm: GraphModule, found: Trace, policy: Policy, node: Node) -> Litera
 
     "in order" where the dimensions of its rows are those of the logits, and one more, without rows, comes after them.
     """
-    heads = {n: view for n, view in found.heads.items() if _is_head(n, view, policy, found)}
+    heads = _heads(found, policy)
     value = followed(gm.graph, heads, found, Numbers(reading=0), node) if heads else None
     if value is None:
         return None
@@ -191,6 +191,11 @@ _LAYERS = (
     "linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention",
 )  # fmt: skip
 _WIDER = 16
+
+
+def _heads(found: Trace, policy: Policy) -> dict[Node, LogitsView]:
+    """The heads with which row programs may begin."""
+    return {node: view for node, view in found.heads.items() if _is_head(node, view, policy, found)}
 
 
 def _is_head(node: Node, view: LogitsView, policy: Policy, found: Trace) -> bool:
