@@ -9,12 +9,14 @@ from typing import Any
 import torch
 
 from .backend import cut_graph
-from .options import Options
+from .options import Options, split
 from .outputs import restore
 from .passes import Report
 
 
-def explain(model: Callable[..., Any], *args: Any, options: Options | None = None, **kwargs: Any) -> Report:
+def explain(
+    model: Callable[..., Any], *args: Any, options: Options | dict[str, Any] | None = None, **kwargs: Any
+) -> Report:
     """Run `model(*args, **kwargs)` once and report its losses, like `torch._dynamo.explain`.
 
     Args:
@@ -22,15 +24,16 @@ def explain(model: Callable[..., Any], *args: Any, options: Options | None = Non
             forgotten and compiled again at its next call.
         *args: its example inputs; small ones do.
         **kwargs: more of them.
-        options: as given to the backend.
+        options: as given to the backend, or an `Options`.
 
     Returns:
         A `Report` over all graphs that Dynamo captured. Its `str` is for reading, `to_dict()` for programs.
 
     Raises:
+        ValueError, TypeError: options that the backend would refuse.
         Exception: what the model raises.
     """
-    options = options or Options()
+    options = options if isinstance(options, Options) else split(options)[0]
     total = Report(graphs=0)
 
     def look(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:

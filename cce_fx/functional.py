@@ -51,6 +51,9 @@ class LossSpec:
             raise ValueError(f"scale and post_scale are finite, not {e.scale} and {e.post_scale}")
 
 
+Read = Literal["top", "mean"]  # the likeliest class, the mean logit
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """How to compute it, as against what."""
@@ -60,6 +63,7 @@ class KernelSpec:
     workspace: int | None = None
     filter_eps: float | None = None
     tune: bool = False
+    reads: frozenset[Read] = frozenset()  # what is wanted of each row besides
 
 
 class Division(Protocol):
@@ -86,6 +90,7 @@ def head_args(loss: LossSpec, kernel: KernelSpec, *, skip_ignored: bool, smooth:
         kernel.workspace,
         kernel.filter_eps,
         kernel.tune,
+        "top" in kernel.reads,
     )
 
 
@@ -101,7 +106,24 @@ def site_loss(
     kernel: KernelSpec,
     division: Division | None = None,
 ) -> Any:
-    """The loss, () or (N,) in `dtype`, of tensors or of `torch.fx.Proxy` values.
+    """The loss alone of `loss_and_rows`."""
+    return loss_and_rows(hidden, weight, bias, target, class_weight, classes, dtype, loss, kernel, division)[0]
+
+
+def loss_and_rows(
+    hidden: Any,
+    weight: Any,
+    bias: Any,
+    target: Any,
+    class_weight: Any,
+    classes: Any,
+    dtype: torch.dtype,
+    loss: LossSpec,
+    kernel: KernelSpec,
+    division: Division | None = None,
+) -> tuple[Any, dict[Read, Any]]:
+    """The loss, () or (N,) in `dtype`, of tensors or of `torch.fx.Proxy` values, and what `kernel.reads` names of each row (N,),
+    whether its target is ignored or not, without a gradient. Arguments as of `site_loss`.
 
     With a `division` the arguments are what this process holds, but for class_weight, which is whole, and `classes`; and
     the loss is its own rows' part of a mean or sum, so that those of all processes add up to the whole.
@@ -124,19 +146,41 @@ def site_loss(
         denominator = row_weight.sum() if division is None else division.over_rows(row_weight.sum())
         w_nll = w_nll / denominator
         w_smooth = w_smooth / denominator if smooth else None
-    head = head_args(loss, kernel, skip_ignored=True, smooth=smooth)
+    summed = smooth or "mean" in kernel.reads
+    head = head_args(loss, kernel, skip_ignored=True, smooth=summed)
     smooth_class_weight = class_weight.to(dtype) if smooth and class_weight is not None else None
     values = (hidden, weight, bias, target, smooth_class_weight, *head)
     if kernel.needs is not None and loss.reduction != "none":
-        out = torch.ops.cce.linear_cross_entropy_with_grads.default(*values, w_nll, None, w_smooth, *kernel.needs)[0]
-        return _mean_of_none(out, denominator)
+        found = torch.ops.cce.linear_cross_entropy_with_grads.default(*values, w_nll, None, w_smooth, *kernel.needs)
+        read = _read_rows(found[2], found[3], found[4], values, classes, loss, kernel) if kernel.reads else {}
+        return _mean_of_none(found[0], denominator), read
     statistics = torch.ops.cce.linear_cross_entropy.default if division is None else division.statistics
-    nll, _, smooth_nll = _unpack(statistics(*values))
+    found = statistics(*values)
+    nll, lse, smooth_nll = _unpack(found)
+    read = _read_rows(lse, smooth_nll, found[5], values, classes, loss, kernel) if kernel.reads else {}
     # `w_nll` may be NaN (0 / 0) on ignored rows, whose nll is 0: the product is eager's NaN.
     rows = w_nll * nll
     if smooth:
         rows = rows + w_smooth * smooth_nll
-    return rows if loss.reduction == "none" else _mean_of_none(rows.sum(), denominator)
+    return rows if loss.reduction == "none" else _mean_of_none(rows.sum(), denominator), read
+
+
+def _read_rows(
+    lse: Any, smooth: Any, top: Any, values: tuple[Any, ...], classes: Any, loss: LossSpec, kernel: KernelSpec
+) -> dict[Read, Any]:
+    """What is read of each row, from the statistics of those whose target counts; the others are computed here."""
+    hidden, weight, bias, target = (None if t is None else t.detach() for t in values[:4])
+    ignored: Any = target == loss.ignore_index
+    chosen = torch.where(ignored, 0, -100)
+    head = head_args(replace(loss, ignore_index=-100), kernel, skip_ignored=True, smooth="mean" in kernel.reads)
+    others = torch.ops.cce.linear_cross_entropy.default(hidden, weight, bias, chosen, None, *head)
+    read: dict[Read, Any] = {}
+    if "top" in kernel.reads:
+        read["top"] = torch.where(ignored, others[5], top)
+    if "mean" in kernel.reads:  # smooth is the sum of lse - z
+        lse, smooth = torch.where(ignored, others[1], lse), torch.where(ignored, others[2], smooth)
+        read["mean"] = (lse - smooth / classes).detach()
+    return read
 
 
 def row_statistics(

@@ -34,16 +34,15 @@ from ._torch import (
     profiler_enabled,
 )
 from ._torch import check as check_condition
-from .kernels.argmax import argmax
 from .kernels.choose import choose
 from .kernels.combine import statistics_dtype
-from .kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads
+from .kernels.spec import Epilogue, Grads, Needs, Norm, Problem, RowGrads, Stats
 
 # The arguments that describe the head, in the order of every operator's schema.
 HEAD = (
     "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor? class_weight, int? ignore_index, "
     "bool skip_ignored, bool smooth, float scale, float? softcap, float post_scale, bool autocast, int? workspace, "
-    "float? filter_eps, bool tune"
+    "float? filter_eps, bool tune, bool top"
 )
 HEAD_ARGS = HEAD.count(",") + 1
 LIBRARY = torch.library.Library("cce", "FRAGMENT")
@@ -77,6 +76,7 @@ def problem_of(
     workspace: int | None,
     filter_eps: float | None,
     tune: bool,
+    top: bool,
 ) -> Problem:
     return Problem(
         hidden=hidden,
@@ -91,6 +91,7 @@ def problem_of(
         workspace=workspace,
         filter_eps=filter_eps,
         tune=tune,
+        top=top,
     )
 
 
@@ -136,10 +137,15 @@ def some(grads: Grads, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return h, w, b
 
 
-def _fake_stats(hidden: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _top(stats: Stats, hidden: Tensor) -> Tensor:
+    return hidden.new_empty(0, dtype=torch.int64) if stats.top is None else stats.top
+
+
+def _fake_stats(hidden: Tensor, smooth: bool, top: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows, dtype = hidden.shape[0], statistics_dtype(hidden.dtype)
     nll, lse = (hidden.new_empty(rows, dtype=dtype) for _ in range(2))
-    return nll, lse, hidden.new_empty(rows if smooth else 0, dtype=dtype)
+    best = hidden.new_empty(rows if top else 0, dtype=torch.int64)
+    return nll, lse, hidden.new_empty(rows if smooth else 0, dtype=dtype), best
 
 
 def fake_grads(
@@ -169,7 +175,8 @@ def define(name: str, schema: str, kernel: Callable[..., Any], fake: Callable[..
 
 def _stats(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     """Per-token statistics of hidden (N, D) @ weight.T (D, V): nll (N,), lse (N,), smooth (N,) or (0,), and of what
-    the backward needs: max (N,), the largest logit, and sumexp (N,) relative to it, both without a gradient.
+    the backward needs: max (N,), the largest logit, and sumexp (N,) relative to it, both without a gradient. Then
+    top (N,) int64 or (0,), the class of the largest logit, -1 for a row that is not computed.
 
     dtypes: float32 (float64 for float64 inputs). Raises ValueError on shapes, TypeError on dtypes, IndexError on a
     target outside [0, V) that is not ignore_index.
@@ -177,18 +184,19 @@ def _stats(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[n
     check(hidden, weight, bias, target, class_weight)
     problem = problem_of(hidden, weight, bias, target, class_weight, *rest)
     with _range("forward", problem):
-        return tuple(choose(problem).forward(problem))
+        stats = choose(problem).forward(problem)
+    return (*stats[:5], _top(stats, hidden))
 
 
 def _stats_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     check(hidden, weight, bias, target, class_weight)
-    nll, lse, smooth = _fake_stats(hidden, rest[2])
-    return nll, lse, smooth, torch.empty_like(nll), torch.empty_like(nll)
+    nll, lse, smooth, top = _fake_stats(hidden, rest[2], rest[-1])
+    return nll, lse, smooth, torch.empty_like(nll), torch.empty_like(nll), top
 
 
 linear_cross_entropy: OpOverload = define(
     "linear_cross_entropy",
-    f"({HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth, Tensor max, Tensor sumexp)",
+    f"({HEAD}) -> (Tensor nll, Tensor lse, Tensor smooth, Tensor max, Tensor sumexp, Tensor top)",
     _stats,
     _stats_fake,
 )
@@ -232,7 +240,7 @@ torch.library.register_autograd(linear_cross_entropy_backward, _differentiated_t
 
 def _stats_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, bias, target, class_weight, *ctx.rest = inputs
-    ctx.save_for_backward(hidden, weight, bias, target, class_weight, *output[3:])
+    ctx.save_for_backward(hidden, weight, bias, target, class_weight, *output[3:5])
     ctx.mark_non_differentiable(*output[3:])
     ctx.set_materialize_grads(False)
 
@@ -264,7 +272,7 @@ def _sum(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-
     """total = sum(weight_nll * nll) + sum(weight_lse * lse) + sum(weight_smooth * smooth), and its gradients.
 
     The row weights are (N,) in the statistics' dtype and constants: no gradient flows into them. Only `total` () is
-    differentiable; differentiating twice raises.
+    differentiable; differentiating twice raises. Statistics and `top` as of `cce::linear_cross_entropy`.
     """
     check(hidden, weight, bias, target, class_weight)
     head, (w_nll, w_lse, w_smooth, *needs) = rest[: HEAD_ARGS - 5], rest[HEAD_ARGS - 5 :]
@@ -276,20 +284,20 @@ def _sum(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-
     for given, values in ((w_lse, stats.lse), (w_smooth, stats.smooth)):
         if given is not None:
             total = total + torch.dot(given, values)
-    return (total, stats.nll, stats.lse, stats.smooth, *some(grads, hidden))
+    return (total, stats.nll, stats.lse, stats.smooth, _top(stats, hidden), *some(grads, hidden))
 
 
 def _sum_fake(hidden, weight, bias, target, class_weight, *rest):  # type: ignore[no-untyped-def]
     check(hidden, weight, bias, target, class_weight)
     total = hidden.new_empty((), dtype=statistics_dtype(hidden.dtype))
-    return (total, *_fake_stats(hidden, rest[2]), *fake_grads(hidden, weight, bias, *rest[-3:]))
+    return (total, *_fake_stats(hidden, rest[2], rest[HEAD_ARGS - 6]), *fake_grads(hidden, weight, bias, *rest[-3:]))
 
 
 linear_cross_entropy_with_grads: OpOverload = define(
     "linear_cross_entropy_with_grads",
     f"({HEAD}, Tensor weight_nll, Tensor? weight_lse, Tensor? weight_smooth, bool need_hidden, bool need_weight, "
-    "bool need_bias) -> (Tensor total, Tensor nll, Tensor lse, Tensor smooth, Tensor d_hidden, Tensor d_weight, "
-    "Tensor d_bias)",
+    "bool need_bias) -> (Tensor total, Tensor nll, Tensor lse, Tensor smooth, Tensor top, Tensor d_hidden, "
+    "Tensor d_weight, Tensor d_bias)",
     _sum,
     _sum_fake,
 )
@@ -297,7 +305,7 @@ linear_cross_entropy_with_grads: OpOverload = define(
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.needs = tuple(bool(n) for n in inputs[-3:])
-    ctx.save_for_backward(*output[4:], *inputs[:3])
+    ctx.save_for_backward(*output[5:], *inputs[:3])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
@@ -342,9 +350,9 @@ def _argmax(hidden, weight, bias, scale, softcap, post_scale, workspace):  # typ
     target = torch.zeros(hidden.shape[0], dtype=torch.int64, device=hidden.device)
     check(hidden, weight, bias, target, None)
     epilogue = Epilogue(scale, softcap, post_scale)
-    problem = Problem(hidden, weight, bias, target, epilogue, ignore_index=None, workspace=workspace)
+    problem = Problem(hidden, weight, bias, target, epilogue, ignore_index=None, workspace=workspace, top=True)
     with _range("argmax", problem):
-        return argmax(problem)
+        return choose(problem).forward(problem).top
 
 
 def _argmax_fake(hidden, weight, bias, scale, softcap, post_scale, workspace):  # type: ignore[no-untyped-def]

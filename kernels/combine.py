@@ -41,7 +41,7 @@ def finish(partials: Partials, problem: Problem, masked: bool = True) -> Stats:
     if problem.smooth:
         total = lse.double() if lse.dtype == torch.float64 else p.max.double() + log_sum.double()
         smooth = (total_weight(problem) * total - p.smooth.double()).to(nll.dtype)
-    stats = Stats(nll, lse, smooth, p.max, p.sumexp)
+    stats = Stats(nll, lse, smooth, p.max, p.sumexp, p.top)
     return _mask_ignored(stats, problem) if masked else stats
 
 
@@ -60,6 +60,8 @@ def _mask_ignored(stats: Stats, problem: Problem) -> Stats:
         zero["smooth"] = stats.smooth.masked_fill(ignored, 0)
     if problem.skip_ignored:
         zero |= {name: getattr(stats, name).masked_fill(ignored, 0) for name in ("lse", "max", "sumexp")}
+        if stats.top is not None:
+            zero["top"] = stats.top.masked_fill(ignored, -1)
     return stats._replace(**zero)
 
 

@@ -35,7 +35,7 @@ class EntryPoints:
         _check(problem)
         rows = select(problem)
         found = _spread(self._sums(problem, rows), rows, problem)
-        return found._replace(smooth=found.smooth.to(found.max.dtype))
+        return found._replace(smooth=found.smooth.to(found.max.dtype), top=None)
 
     def forward(self, problem: Problem) -> Stats:
         """Stats (N,) of the whole vocabulary. Raises ValueError for a shard: combine the partials of all shards instead."""
@@ -78,7 +78,7 @@ class EntryPoints:
         if rows.count:
             return self.sums(problem, rows)
         none = problem.hidden.new_empty(0, dtype=statistics_dtype(problem.hidden.dtype))
-        return Partials(none, none, none, none)
+        return Partials(none, none, none, none, none.long() if problem.top else None)
 
 
 def new_grads(problem: Problem, needs: Needs) -> Grads:
@@ -134,9 +134,12 @@ def _stats(sums: Partials, rows: Rows, problem: Problem) -> Stats:
 
 
 def _spread(sums: Partials, rows: Rows, problem: Problem) -> Partials:
-    """The sums (n,) of the computed rows among zeros (N,)."""
+    """The sums (n,) of the computed rows among zeros (N,), and -1 for the likeliest class."""
     if rows.index is None:
         return sums
     index, n = rows.index, problem.target.shape[0]
-    wanted = Partials._fields if problem.smooth else Partials._fields[:3]
-    return sums._replace(**{f: (t := getattr(sums, f)).new_zeros(n).index_copy_(0, index, t) for f in wanted})
+    wanted = {"max": 0, "sumexp": 0, "target_logit": 0} | ({"smooth": 0} if problem.smooth else {})
+    wanted |= {"top": -1} if sums.top is not None else {}
+    return sums._replace(
+        **{f: (t := getattr(sums, f)).new_full((n,), other).index_copy_(0, index, t) for f, other in wanted.items()}
+    )

@@ -8,19 +8,25 @@ tests/kernels/contract.py.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .spec import Grads, Needs, Problem, RowGrads, Stats
 
 
-def stats(problem: Problem, dtype: torch.dtype = torch.float64) -> Stats:
-    """Stats by dense arithmetic in `dtype`, differentiable through the hidden, weight and bias of `problem`."""
+def logits(problem: Problem, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The logits (N, V) by dense arithmetic in `dtype`, differentiable."""
     p, e = problem, problem.epilogue
     bias = None if p.bias is None else p.bias.to(dtype)
     z = torch.nn.functional.linear(p.hidden.to(dtype), p.weight.to(dtype), bias)
     z = z * e.scale
     if e.softcap is not None:
         z = e.softcap * torch.tanh(z / e.softcap)
-    z = z * e.post_scale
+    return z * e.post_scale
+
+
+def stats(problem: Problem, dtype: torch.dtype = torch.float64) -> Stats:
+    """Stats by dense arithmetic in `dtype`, differentiable through the hidden, weight and bias of `problem`."""
+    p, z = problem, logits(problem, dtype)
     logp = z.log_softmax(-1)
     lse = z.logsumexp(-1)
     highest = z.detach().amax(-1) if z.shape[1] else z.new_zeros(z.shape[0])
@@ -33,7 +39,10 @@ def stats(problem: Problem, dtype: torch.dtype = torch.float64) -> Stats:
         smooth = -(logp * w).sum(-1).masked_fill(ignored, 0)
     if p.skip_ignored:
         lse, highest, sumexp = (t.masked_fill(ignored, 0) for t in (lse, highest, sumexp))
-    return Stats(nll, lse, smooth, highest, sumexp)
+    top = z.detach().argmax(-1) if p.top else None
+    if top is not None and p.skip_ignored:
+        top = top.masked_fill(ignored, -1)
+    return Stats(nll, lse, smooth, highest, sumexp, top)
 
 
 def forward_backward(
@@ -54,4 +63,4 @@ def forward_backward(
     leaves = [t for t in wanted if t is not None and t.requires_grad]
     found = iter(torch.autograd.grad(total, leaves)) if leaves else iter(())
     each = [next(found) if t is not None and t.requires_grad else None for t in wanted]
-    return Stats(*(t.detach() for t in out)), Grads(*each)
+    return Stats(*(t if t is None else t.detach() for t in out)), Grads(*each)

@@ -58,6 +58,7 @@ class Problem:
     ignore_index: int | None = -100  # rows with this target have nll = smooth = 0, and no gradient
     skip_ignored: bool = True  # ignored rows are not computed at all: their lse is 0 too, and has no gradient
     smooth: bool = False  # whether smooth_i is wanted
+    top: bool = False  # whether the likeliest classes are; not of a shard
     class_weight: Tensor | None = None  # (V,) weights of smooth_i; None is ones
     shard: Shard | None = None  # this rank's part of the vocabulary; None is all of it
     workspace: int | None = None  # bytes a kernel may hold beyond its outputs; None is the kernel's default
@@ -72,16 +73,21 @@ class Partials(NamedTuple):
     sumexp: Tensor  # (N,) sum_c exp(z_c - max)
     target_logit: Tensor  # (N,) z_t, or 0 where the target is ignored or in another shard
     smooth: Tensor  # (N,) sum_c w_c z_c, or (0,) where Problem.smooth is False
+    top: Tensor | None = None  # (N,) int64, as in Stats
 
 
 class Stats(NamedTuple):
-    """Per-row results; float32, or float64 for float64 inputs. Ignored rows hold 0 (see Problem.skip_ignored)."""
+    """Per-row results; float32, or float64 for float64 inputs. Ignored rows hold 0 (see Problem.skip_ignored).
+
+    `top` of a row with a NaN is a class of a logit that is NaN or infinite.
+    """
 
     nll: Tensor  # (N,)
     lse: Tensor  # (N,)
     smooth: Tensor  # (N,), or (0,) where Problem.smooth is False
     max: Tensor  # (N,) max_c z_c
     sumexp: Tensor  # (N,) sum_c exp(z_c - max)
+    top: Tensor | None = None  # (N,) int64, the first class of the largest logit; -1 where not computed
 
     @property
     def norm(self) -> Norm:

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from .._torch import CustomGraphPass, HigherOrderOperator
 from ..functional import __file__ as functional_file
 from . import fakes
+from .beside import with_readings
 from .decide import decide
 from .faults import Fault, Undo, failed, stage
 from .modules import inline_known
@@ -40,6 +41,7 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
     declines = list(found.declines)
     done: list[LossSite] = []
     moved: dict[Node, Node] = {}
+    read: set[Node] = set()
     needed, joined = found.needed(), RowPrograms()
     if policy.tiers == "all":
         with stage("row programs", output_of(gm.graph)):
@@ -54,7 +56,9 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
         else:
             undo.remember()
             with stage("rewriting", candidate.anchor):
+                site = with_readings(site, found, read)
                 refused = rewrite_site(gm, site, policy, moved)
+            read |= {r.anchor for r in site.readings} if refused is None else set()
         if refused is not None:
             # A router's or a gate's statistics are no loss that a user would look for.
             if candidate.result is Result.LOSS or refused.reason is not Reason.SMALL:

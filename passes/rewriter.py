@@ -12,7 +12,16 @@ import torch
 from torch.fx import Graph, GraphModule, Node, Proxy
 
 from .._torch import GraphAppendingTracer
-from ..functional import KernelSpec, filter_bound, row_statistics, site_loss, statistics_dtype, target_logit, top_class
+from ..functional import (
+    KernelSpec,
+    Read,
+    filter_bound,
+    loss_and_rows,
+    row_statistics,
+    statistics_dtype,
+    target_logit,
+    top_class,
+)
 from ..kernels.spec import Needs
 from .fakes import WouldGuard, propagate
 from .policy import Policy
@@ -30,22 +39,22 @@ class Builder:
         self._tracer = GraphAppendingTracer(graph)
 
     @contextlib.contextmanager
-    def before(self, node: Node) -> Iterator[None]:
-        """Write before `node`, on behalf of the same source line."""
+    def before(self, node: Node, like: Node | None = None) -> Iterator[None]:
+        """Write before `node`, on behalf of its source line or that of another one that it is `like`."""
         first = node.prev
         try:
             with self.graph.inserting_before(node):
                 yield
         finally:
-            self._adopt(first, node)
+            self._adopt(first, node, node if like is None else like)
 
-    def _adopt(self, first: Node, node: Node) -> None:
+    def _adopt(self, first: Node, last: Node, like: Node) -> None:
         at = first.next
-        while at is not node:
+        while at is not last:
             self.written.append(at)
             for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom"):
-                if key in node.meta and key not in at.meta:
-                    at.meta[key] = node.meta[key]
+                if key in like.meta and key not in at.meta:
+                    at.meta[key] = like.meta[key]
             at = at.next
 
     def proxy(self, value: Any) -> Any:
@@ -74,19 +83,24 @@ def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy, moved: dict[No
     anchor = site.candidate.anchor
     builder = Builder(gm.graph, moved)
     try:
-        with builder.before(anchor):
-            new = _write(builder, site, policy).node
+        with builder.before(site.place or anchor, like=anchor):
+            new, readings = _write(builder, site, policy)
         propagate(gm, builder.written, grad=value_of(anchor).requires_grad)
     except WouldGuard as error:
         builder.undo()
         return Decline(Reason.DYNAMIC, anchor, str(error))
-    was, now = value_of(anchor), value_of(new)
-    if was.dtype != now.dtype or len(was.shape) != len(now.shape) or was.requires_grad != now.requires_grad:
-        builder.undo()
-        return Decline(Reason.INTERNAL, anchor, f"{tuple(was.shape)} {was.dtype} became {tuple(now.shape)} {now.dtype}")
-    anchor.replace_all_uses_with(new)
-    moved[anchor] = new
-    erase_unused(gm.graph, [anchor, *reversed(site.candidate.view.path)])
+    written = {anchor: new.node} | {r.anchor: out.node for r, out in zip(site.readings, readings, strict=True)}
+    for node, other in written.items():
+        was, now = value_of(node), value_of(other)
+        if was.dtype != now.dtype or len(was.shape) != len(now.shape) or was.requires_grad != now.requires_grad:
+            builder.undo()
+            return Decline(
+                Reason.INTERNAL, node, f"{tuple(was.shape)} {was.dtype} became {tuple(now.shape)} {now.dtype}"
+            )
+    moved |= written
+    for candidate in (site.candidate, *site.readings):
+        candidate.anchor.replace_all_uses_with(written[candidate.anchor])
+        erase_unused(gm.graph, [candidate.anchor, *reversed(candidate.view.path)])
     return None
 
 
@@ -161,11 +175,12 @@ def write_logits(gm: GraphModule, view: LogitsView, node: Node) -> bool:
     return True
 
 
-def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
-    candidate = site.candidate
+def _write(builder: Builder, site: LossSite, policy: Policy) -> tuple[Any, list[Any]]:
+    """What stands in the place of a site's anchor, and of the anchors of its readings."""
+    candidate, readings = site.candidate, []
     view, loss = candidate.view, candidate.loss
     if has_sharded_head(view):
-        return _write_sharded(builder, site, policy)
+        return _write_sharded(builder, site, policy), []
     shaped, weight, bias = _operands(builder, view, view.bias_dtype)
     hidden = shaped if len(view.shape) == 2 else torch.reshape(shaped, (-1, size_of(view.hidden_size, weight, 1)))
     class_weight = None if candidate.class_weight is None else builder.proxy(candidate.class_weight)
@@ -175,6 +190,7 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
         workspace=policy.workspace,
         filter_eps=filter_bound(policy.filter_eps, view.dtype),
         tune=policy.tune,
+        reads=frozenset(_READS[r.result] for r in site.readings),
     )
     dtype = statistics_dtype(view.dtype)
     target = rows = None
@@ -183,13 +199,27 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> Any:
         rows = target if value_of(candidate.target).dim() == 1 else torch.reshape(target, (-1,))
     if candidate.result is Result.LOSS:
         classes = size_of(view.classes, weight, 0)
-        out = site_loss(hidden, weight, bias, rows, class_weight, classes, dtype, loss, kernel)
+        out, read = loss_and_rows(hidden, weight, bias, rows, class_weight, classes, dtype, loss, kernel)
+        readings = [_reading(builder, r, read[_READS[r.result]]) for r in site.readings]
         if loss.reduction == "none" and len(view.shape) != 2:
             out = out.reshape_as(target)
     else:
         out = _rows(builder, candidate, (hidden, weight, bias, rows), kernel, dtype)
         out = out.sum() if candidate.total else _as_anchor(out, candidate, shaped)
-    return out if value_of(candidate.anchor).dtype == dtype else out.to(value_of(candidate.anchor).dtype)
+    return out if value_of(candidate.anchor).dtype == dtype else out.to(value_of(candidate.anchor).dtype), readings
+
+
+_READS: dict[Result, Read] = {Result.TOP: "top", Result.MEAN: "mean"}
+
+
+def _reading(builder: Builder, reading: Candidate, rows: Any) -> Any:
+    """What is read of each row (N,), as the anchor has it."""
+    dtype = value_of(reading.anchor).dtype
+    if reading.total:
+        out = rows.mean()
+    else:
+        out = _as_anchor(rows, reading, _operands(builder, reading.view, reading.view.dtype)[0])
+    return out if reading.result is Result.TOP else out.to(dtype)
 
 
 def _write_sharded(builder: Builder, site: LossSite, policy: Policy) -> Any:

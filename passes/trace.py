@@ -19,7 +19,7 @@ from .fakes import WouldGuard
 from .faults import stage
 from .registry import BEGINNERS, RULES, Call, Outcome
 from .rules.elementwise import detached
-from .values import Candidate, Decline, LogitsView, Reason, example_size, value_of
+from .values import READINGS, Candidate, Decline, LogitsView, Reason, example_size, value_of
 
 # Consumers of logits by which a user watches their gradient, which a rewritten loss does not pass through them.
 _HOOKS = {"register_hook", "retain_grad", "register_post_accumulate_grad_hook"}
@@ -32,6 +32,7 @@ class Trace:
     views: dict[Node, LogitsView] = field(default_factory=dict)
     heads: dict[Node, LogitsView] = field(default_factory=dict)  # those at their linear layers, changed later or not
     candidates: list[Candidate] = field(default_factory=list)
+    readings: list[Candidate] = field(default_factory=list)  # what may be read beside a loss
     declines: list[Decline] = field(default_factory=list)  # of losses
     stops: dict[Node, Decline] = field(default_factory=dict)  # nodes at which a view ended
     transformed: set[Node] = field(default_factory=set)  # nodes that run under a transform of torch.func
@@ -71,7 +72,10 @@ def trace(graph: Graph) -> Trace:
             if outcome.path == (node,):
                 found.heads[node] = outcome
         elif isinstance(outcome, Candidate):
-            found.candidates.append(_grad_cut(outcome))
+            if outcome.result in READINGS:
+                found.readings.append(outcome)
+            else:
+                found.candidates.append(_grad_cut(outcome))
         elif isinstance(outcome, Decline):
             found.stops[node] = outcome
             if name in _LOSSES or (name in _PARTS and _is_head(found, node)):
@@ -127,6 +131,21 @@ def written_inputs(graph: Graph) -> list[int]:
     written = {storage_of(n) for node in graph.nodes for n in mutated_arguments(node)} - {None}
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     return [i for i, n in enumerate(inputs) if storage_of(n) in written]
+
+
+def switched_off(graph: Graph) -> dict[Node, Node]:
+    """For each node that runs without gradients, what has switched them off."""
+    found: dict[Node, Node] = {}
+    off: Node | None = None
+    for node in graph.nodes:
+        if off is not None:
+            found[node] = off
+        name = getattr(node.target, "__name__", "")
+        if name == "_enter_inference_mode" or (name == "_set_grad_enabled" and node.args[0] is False):
+            off = off or node
+        elif name in ("_exit_inference_mode", "_set_grad_enabled"):
+            off = None
+    return found
 
 
 def _end_mutated(found: Trace, node: Node) -> None:

@@ -275,6 +275,12 @@ class Result(enum.Enum):
     MAX = "max z, less shift"
     SUM_LOG = "sum log_softmax(z)"
     MEAN_LOG = "mean log_softmax(z)"
+    TOP = "the class of the largest z"
+    MEAN = "mean z"
+
+
+# What is only ever read beside a loss; by itself it is a row program.
+READINGS = (Result.TOP, Result.MEAN)
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,7 @@ class Candidate:
     loss: LossSpec  # epilogue included
     result: Result = Result.LOSS
     keepdim: bool = False  # whether the result keeps the class dimension, of size 1
-    total: bool = False  # whether the result is the sum over all rows
+    total: bool = False  # whether the result is the sum over all rows, of a mean the mean
     negated: bool = False
 
 
@@ -302,6 +308,8 @@ class LossSite:
     saved_value: int | None  # its value at the example shapes, where they are known
     needed_bytes: Any  # likewise
     row_count: int | None  # N, where it is known
+    readings: tuple[Candidate, ...] = ()  # what the same kernel tells besides; see `passes.beside`
+    place: Node | None = None  # before which all of it is written; None is the anchor
 
 
 def value_of(node: Any) -> Any:

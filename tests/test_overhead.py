@@ -80,5 +80,7 @@ def test_operators_are_known_to_the_compiler() -> None:
         assert torch.Tag.pt2_compliant_tag in getattr(torch.ops.cce, name).default.tags
     with FakeTensorMode():
         head = (torch.empty(3, 2), torch.empty(5, 2), None, torch.empty(3, dtype=torch.int64), None)
-        nll, *_ = torch.ops.cce.linear_cross_entropy(*head, -100, True, False, 1.0, None, 1.0, False, None, None, False)
+        nll, *_ = torch.ops.cce.linear_cross_entropy(
+            *head, -100, True, False, 1.0, None, 1.0, False, None, None, False, False
+        )
     assert nll.shape == (3,)

@@ -198,7 +198,7 @@ def with_metrics(heads: Heads, d: Data) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_a_kernel_keeps_a_loss_with_metrics_beside_it(heads: Heads) -> None:
     report = cce_fx.explain(with_metrics, heads, data(), options=cce_fx.Options(**OPTIONS))
-    assert [(r.tier, r.logits) for r in report.rewritten] == [("kernel", "unused"), ("rows", "unused")]
+    assert [(r.tier, r.logits) for r in report.rewritten] == [("kernel", "unused")]
     torch._dynamo.reset()
     check(with_metrics, data(), heads, torch.compile(with_metrics, backend="cce", options=OPTIONS))
 

@@ -43,8 +43,8 @@ def linear_cross_entropy_partial(*args):  # type: ignore[no-untyped-def]
     _check(*args[:4])
     problem = shard_problem(args[:HEAD_ARGS], *args[HEAD_ARGS:])
     if problem.weight.shape[0] == 0:
-        return tuple(_nothing(problem))
-    return tuple(choose(problem).partial(problem))
+        return tuple(_nothing(problem)[:4])
+    return tuple(choose(problem).partial(problem)[:4])
 
 
 def _nothing(problem: Problem) -> Partials:

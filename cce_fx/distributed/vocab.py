@@ -124,7 +124,7 @@ def _waited(t: Tensor) -> Tensor:
 
 def _gathered(mine: Partials, smooth: bool, group: Group) -> list[Partials]:
     """The partials of every process of the group, in the order of the ranks, by one all-gather."""
-    sent = torch.stack(mine if smooth else mine[:3])
+    sent = torch.stack(mine[:4] if smooth else mine[:3])
     every = funcol.all_gather_tensor(sent, 0, group).view(-1, *sent.shape)
     return [Partials(*part[:3], part[3] if smooth else mine.smooth) for part in every.unbind(0)]
 

@@ -72,7 +72,8 @@ def _made(p: Problem, grad: Tensor | None, needs: tuple[bool, bool]) -> tuple[St
         return None
     # Neither dtype nor device is the program's default.
     nll, lse, smooth, highest, sumexp = (hidden.new_empty(n, dtype=torch.float32) for n in (rows, rows, 0, rows, rows))
-    stats = Stats(nll, lse, smooth, highest, sumexp)
+    top = hidden.new_empty(rows, dtype=torch.int64) if p.top else None
+    stats = Stats(nll, lse, smooth, highest, sumexp, top)
     d_hidden = hidden.new_empty(hidden.shape) if needs[0] else None
     d_weight = weight.new_empty(weight.shape) if needs[1] else None
     workspace = hidden.new_empty(made.plan.size + rows, dtype=torch.float32)
@@ -82,7 +83,8 @@ def _made(p: Problem, grad: Tensor | None, needs: tuple[bool, bool]) -> tuple[St
     head.weight, (head.weight_row, head.weight_column) = weight.data_ptr(), weight.stride()
     head.hidden, (head.hidden_row, head.hidden_column) = hidden.data_ptr(), hidden.stride()
     head.target = target.data_ptr()
-    head.nll, head.lse, head.highest, head.sumexp = (t.data_ptr() for t in (*stats[:2], *stats[3:]))
+    head.nll, head.lse, head.highest, head.sumexp = (t.data_ptr() for t in (nll, lse, highest, sumexp))
+    head.best = None if top is None else top.data_ptr()
     if grad is not None:
         head.prob = head.hit = grad.data_ptr()
     head.d_hidden = None if d_hidden is None else d_hidden.data_ptr()

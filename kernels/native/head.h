@@ -25,6 +25,7 @@ struct Head {  // as in library.py
   // Statistics (n,): results of the sums, and given to what comes after them. target_logit is zero beforehand.
   float *highest, *sumexp, *target_logit;
   double* weighted_sum;
+  int64_t* best;  // the class of the largest logit; null where not wanted
   float *nll, *lse;  // of each row, made at the end of all steps; null where not wanted
   // Gradients (N, D), (V, D) and (V,), contiguous; null where not wanted.
   Number *d_hidden, *d_weight;

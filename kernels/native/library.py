@@ -36,7 +36,7 @@ class Head(ctypes.Structure):
         *((name, _COUNT) for name in ("hidden_row", "hidden_column")),
         *((name, _POINTER) for name in ("index", "target")),
         *((name, _POINTER) for name in ("prob", "hit", "uniform", "uniform_weight")),
-        *((name, _POINTER) for name in ("highest", "sumexp", "target_logit", "weighted_sum")),
+        *((name, _POINTER) for name in ("highest", "sumexp", "target_logit", "weighted_sum", "best")),
         *((name, _POINTER) for name in ("nll", "lse")),
         *((name, _POINTER) for name in ("d_hidden", "d_weight", "d_bias", "logits")),
         ("columns", _COUNT),

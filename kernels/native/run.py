@@ -62,7 +62,7 @@ class _Run:
     """A problem as the library is handed it, and the tensors that it points to."""
 
     def __init__(self, problem: Problem, rows: Rows, c: Coefficients | None, out: Grads) -> None:
-        p, self.rows = problem, rows
+        p, self.rows, self.top = problem, rows, problem.top
         self.kept: list[Tensor] = []
         weights = local_class_weight(p) if p.smooth else None
         threads = min(torch.get_num_threads(), MOST_THREADS)
@@ -102,8 +102,10 @@ class _Run:
         """Memory for the sums of the rows."""
         n, smooth = self.rows.count, self.rows.count if self.head.weighted else 0
         new = functools.partial(torch.empty, dtype=torch.float32, device="cpu")  # whatever the program's defaults are
-        made = Partials(new(n), new(n), new(n).zero_(), new(smooth, dtype=torch.float64))
-        self.head.highest, self.head.sumexp, self.head.target_logit, self.head.weighted_sum = map(self.address, made)
+        best = new(n, dtype=torch.int64) if self.top else None
+        made = Partials(new(n), new(n), new(n).zero_(), new(smooth, dtype=torch.float64), best)
+        head = self.head
+        head.highest, head.sumexp, head.target_logit, head.weighted_sum, head.best = map(self.address, made)
         return made
 
     def take(self, chosen: Plan) -> bool:

@@ -22,6 +22,7 @@ namespace {
 struct Sums : Buffers {
   float *top, *shift, *sum, *lost, *at_target, *d_hidden;
   double* weighted;
+  int32_t* best;  // the class of the largest logit so far
 
   Sums(const Call& q, const Sizes& s, Workspace& workspace)
       : Buffers(q, s, !q.stores, s.block, workspace),
@@ -31,7 +32,8 @@ struct Sums : Buffers {
         lost(workspace.take(s.block)),   // what it is too large by
         at_target(workspace.take(s.block)),
         d_hidden(q.d_hidden ? workspace.take(s.block * s.span) : nullptr),
-        weighted(reinterpret_cast<double*>(workspace.take(q.weighted ? 2 * s.block : 0))) {}
+        weighted(reinterpret_cast<double*>(workspace.take(q.weighted ? 2 * s.block : 0))),
+        best(reinterpret_cast<int32_t*>(workspace.take(s.block))) {}
 };
 
 // tile = exp(z - shift), times the cap's slope where there is one; sum += their sum over the columns; weighted += sum w z.
@@ -104,6 +106,19 @@ void shrink(const Call& q, const Sizes& s, const RowBlock& block, const Sums& ow
     }
 }
 
+// The first class of a chunk with the largest product so far, of the rows among a vector whose largest logit a chunk raises:
+// few of them after the first chunks.
+void take_best(Columns columns, const float* tile, int64_t rows, const Sums& own, int64_t j, Floats top, Floats before) {
+  for (int64_t r = j; r < j + kLanes; ++r) {
+    const float now = top[r - j], then = before[r - j];
+    if (!(now > then || (now != now && then == then))) continue;
+    const auto is_best = [&](int64_t c) { const float x = tile[c * rows + r]; return x == own.peak[r] || x != x; };
+    int64_t c = 0;
+    while (c + 1 < columns.count && !is_best(c)) ++c;
+    own.best[r] = int32_t(columns.first + c);
+  }
+}
+
 // Take the largest logits so far from the largest products; earlier sums become relative to them.
 void take_peaks(const Call& q, const Sizes& s, Columns columns, const float* tile, const RowBlock& block, const Sums& own) {
   const Phase phase(kExponentials);
@@ -118,6 +133,7 @@ void take_peaks(const Call& q, const Sizes& s, Columns columns, const float* til
     const Floats factor = exp_floor(before - shift);
     store(own.top + j, top);
     store(own.shift + j, shift);
+    if (q.best) take_best(columns, tile, block.padded, own, j, top, before);
     for (int64_t i = 0; i < kLanes; ++i)
       if (factor[i] != 1.0f && before[i] != -INFINITY) shrink(q, s, block, own, j + i, factor[i]);
   }
@@ -128,6 +144,7 @@ void sum_up(const Call& q, const Sizes& s, const RowBlock& block, const float* p
             const StoredTiles& stored, const Sums& own, Span chunks) {
   std::fill_n(own.peak, block.padded, -INFINITY);
   std::fill_n(own.top, block.padded, -INFINITY);
+  std::fill_n(own.best, block.padded, 0);
   std::fill_n(own.sum, block.padded, 0.0f);
   std::fill_n(own.lost, block.padded, 0.0f);
   if (q.weighted) std::fill_n(own.weighted, block.padded, 0.0);
@@ -188,9 +205,10 @@ float finish_row(const Call& q, const Sizes& s, const RowBlock& block, const Row
   const int64_t number = q.first + block.first + r, at = block.first + r;
   float top = -INFINITY, factors[kMostThreads];
   double total = 0.0, weighted = 0.0;
+  int64_t highest = 0;  // the thread with the largest logit, the first of equals, a NaN being the largest
   for (int64_t t = 0; t < q.threads; ++t) {
     factors[t] = part_of<Sums>(q, s, workspace, t).top[r];
-    top = factors[t] > top || factors[t] != factors[t] ? factors[t] : top;
+    if (factors[t] > top || (factors[t] != factors[t] && top == top)) top = factors[t], highest = t;
   }
   const float shift = top == -INFINITY ? 0.0f : top;
   for (int64_t t = 0; t < q.threads; ++t) {
@@ -203,6 +221,7 @@ float finish_row(const Call& q, const Sizes& s, const RowBlock& block, const Row
   q.highest[number] = top;
   q.sumexp[number] = sum;
   if (q.weighted) q.weighted_sum[number] = weighted;
+  if (q.best) q.best[number] = part_of<Sums>(q, s, workspace, highest).best[r];
   if (!q.prob) return 0.0f;
   const float ratio = q.prob[number] / sum, hit = q.hit[number] * state.slope[at];
   const float uniform = q.uniform ? q.uniform[number] : 0.0f;

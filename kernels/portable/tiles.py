@@ -131,13 +131,20 @@ class _Tiles:
         highest = hidden.new_full((last - first,), -torch.inf)
         sumexp, target_logit = torch.zeros_like(highest), torch.zeros_like(highest)
         smooth = hidden.new_zeros(last - first if self.problem.smooth else 0, dtype=torch.float64)
+        best = torch.zeros_like(highest, dtype=torch.int64) if self.problem.top else None
         for start, stop in self.chunks:
             product, z = self.tile(last - first, stop - start)
             head.logits(head.product(hidden, head.columns(start, stop), start, product), z)
             row, column = self.targets(first, last, start, stop)
             target_logit[row] = z[row, column]
             for piece in _pieces(z):
-                before, top = highest[piece], torch.maximum(highest[piece], z[piece].amax(1))
+                before = highest[piece]
+                if best is None:
+                    top = torch.maximum(before, z[piece].amax(1))
+                else:
+                    found, at = z[piece].max(1)
+                    better = (found > before) | (found.isnan() & ~before.isnan())
+                    best[piece], top = torch.where(better, at + start, best[piece]), torch.where(better, found, before)
                 shift = finite(top)
                 z[piece] -= shift[:, None]
                 if self.weights is not None:
@@ -145,7 +152,7 @@ class _Tiles:
                     smooth[piece] += torch.mv(z[piece], w).double() + w.double().sum() * shift.double()
                 sumexp[piece] = sumexp[piece] * exp_(before - shift) + exp_(z[piece]).sum(1)
                 highest[piece] = top
-        return Partials(highest, sumexp, target_logit, smooth)
+        return Partials(highest, sumexp, target_logit, smooth, best)
 
     def gradient(self, product: Tensor, z: Tensor, first: int, start: int, norm: Norm) -> Tensor:
         """d loss / d product (R, C) in the place of z, the tile's exp(z - max)."""
@@ -227,4 +234,4 @@ def _part(norm: Norm, first: int, last: int) -> Norm:
 
 
 def _joined(parts: list[Partials]) -> Partials:
-    return Partials(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    return Partials(*(None if values[0] is None else torch.cat(values) for values in zip(*parts, strict=True)))

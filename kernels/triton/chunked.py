@@ -17,10 +17,10 @@ from ..spec import Grads, Needs, Stats
 from .cost import Plan
 from .filtering import Filter
 from .head import Head, cdiv
+from .join import join
 from .products import into_hidden, into_weight
 from .rows import Rows
 from .stored import RELEASE_ROWS, hold, release
-from .sweep import join
 from .tiles import Scratch, make_scratch, write_gradient
 
 
@@ -54,7 +54,7 @@ def held(head: Head, rows: Rows, needs: Needs, plan: Plan) -> tuple[Stats, Grads
     d_hidden, d_weight, d_bias = _outputs(head, needs)
     s = make_scratch(head, head.n, plan.width, plan.blas, d_bias is not None, None, RELEASE_ROWS)
     parts = hold(head, rows, s)
-    stats = join(head, rows, parts)
+    stats = join(head, rows, parts, Stats)
     assert parts[0] is not None
     release(head, rows, s, parts[0], stats.norm)
     if d_hidden is not None:

@@ -15,9 +15,10 @@ from torch import Tensor
 from ..spec import Norm
 from .device import launch
 from .head import Head, cdiv
+from .join import likeliest_parts
 from .machines import Tile
 from .rows import Rows
-from .tile import columns, logits, narrow, product, rows_at, swizzle
+from .tile import columns, likeliest, logits, narrow, product, rows_at, swizzle
 from .tiles import Scratch
 
 RELEASE_ROWS = 32  # rows to a block of `release`
@@ -38,6 +39,8 @@ def _hold(
     part_target,
     part_smooth,
     part_weight,  # (tiles,)
+    part_lead,  # (tiles, N)
+    part_top,
     N,
     V,
     D,
@@ -56,6 +59,7 @@ def _hold(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     SMOOTH: tl.constexpr,
+    TOP: tl.constexpr,
     BY_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -87,6 +91,10 @@ def _hold(
     tl.store(part_max + part, highest, mask=kept)
     tl.store(part_sum + part, tl.sum(e, 1), mask=kept)
     tl.store(part_target + part, at_target, mask=kept)
+    if TOP:
+        lead, best = likeliest(z, tile * COLS)
+        tl.store(part_lead + part, lead, mask=kept)
+        tl.store(part_top + part, best, mask=kept)
     if SMOOTH:
         if class_weight is not None:
             w = tl.load(class_weight + c, mask=inside, other=0.0)
@@ -156,12 +164,13 @@ def _release(
 
 
 def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
-    """Fill `s` (N, V) with exp(z - max); returns the parts of each tile for `sweep.join`."""
+    """Fill `s` (N, V) with exp(z - max); returns the parts of each tile for `join.join`."""
     p, t = head.problem, head.config.logits
     blocks, tiles = cdiv(head.n, t.rows), cdiv(head.v, t.cols)
     new = lambda *shape: torch.empty(*shape, dtype=head.dtype, device=p.hidden.device)  # noqa: E731
     parts: list[Tensor | None] = [new(tiles, head.n) for _ in range(3)]
     parts += [new(tiles, head.n), torch.zeros_like(new(tiles))] if p.smooth else [None, None]
+    parts += likeliest_parts(head, tiles)
     launch(
         p.hidden.device,
         _hold,
@@ -175,11 +184,14 @@ def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
         part_target=parts[2],
         part_smooth=parts[3],
         part_weight=parts[4],
+        part_lead=parts[5],
+        part_top=parts[6],
         N=head.n,
         blocks=blocks,
         tiles=tiles,
         GROUP=head.group(t.rows),
         SMOOTH=p.smooth,
+        TOP=p.top,
         BY_ROW=s.by_row,
         ROWS=t.rows,
         COLS=t.cols,

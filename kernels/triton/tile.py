@@ -137,6 +137,13 @@ def logits(x, bias, column, INNER: tl.constexpr, OUTER: tl.constexpr, CAPPED: tl
 
 
 @triton.jit
+def likeliest(z, first):
+    """The largest logit of each row of a tile (A, B), a NaN as infinity, and the first class that has it; (A,) each."""
+    top, at = tl.max(tl.where(z == z, z, float("inf")), 1, return_indices=True)
+    return top, at + first
+
+
+@triton.jit
 def add_tile(
     x,
     bias,
@@ -150,20 +157,29 @@ def add_tile(
     at_target,
     smooth,
     weights,
+    lead,
+    best,
+    first,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     CAPPED: tl.constexpr,
     SMOOTH: tl.constexpr,
+    TOP: tl.constexpr,
     EVEN_COLS: tl.constexpr,
 ):
     """A row's sums so far (A,) with one more tile of products x (A, B): the online softmax of arXiv 2411.09009, 4.1.
 
-    The sums are the largest logit, sum exp(z - max), the target's logit, and for SMOOTH sum w (z - max) and sum w (1,).
+    The sums are the largest logit, sum exp(z - max), the target's logit, for SMOOTH sum w (z - max) and sum w (1,), and for
+    TOP the largest logit and its class as of `likeliest`, which `first` is the first class of the tile for.
     """
     z, _ = logits(x, bias, column[None, :], INNER, OUTER, CAPPED)
     at_target += tl.sum(tl.where(place[None, :] == target[:, None], z, 0.0), 1)
     if not EVEN_COLS:
         z = tl.where(inside[None, :], z, float("-inf"))
+    if TOP:
+        top, at = likeliest(z, first)
+        best = tl.where(top > lead, at, best)
+        lead = tl.maximum(top, lead)
     now = tl.maximum(highest, tl.max(z, 1))
     # Something finite to subtract while every logit so far is -inf.
     shift = tl.where(now == float("-inf"), 0.0, now)
@@ -181,7 +197,7 @@ def add_tile(
             weights += tl.sum(inside.to(x.dtype), 0)
     total *= tl.exp(tl.where(highest == float("-inf"), float("-inf"), down))
     total += tl.sum(tl.exp(below), 1)
-    return now, total, at_target, smooth, weights
+    return now, total, at_target, smooth, weights, lead, best
 
 
 @triton.jit

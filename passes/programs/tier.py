@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ...functional import makes_grads_in_forward
+from ..beside import with_readings
 from ..canonical import canonical
 from ..decide import decide, illegal_head, least_classes, row_count
 from ..fakes import WouldGuard
@@ -116,7 +117,9 @@ def _is_dear(head: Node, found: Trace, policy: Policy, needed: Collection[Node])
     for candidate in found.candidates:
         site = decide(candidate, policy, needed) if candidate.view.linear is head else None
         if isinstance(site, LossSite):
-            taken |= {candidate.anchor, *candidate.view.path}
+            taken |= {
+                n for c in (candidate, *with_readings(site, found, taken).readings) for n in (c.anchor, *c.view.path)
+            }
             one = products_of(value_of(candidate.anchor).requires_grad, site.needs is not None)
             products += few.get(candidate.result, one) * example_size(row_count(candidate.view)) / rows
     views = [node for node, view in found.views.items() if view.linear is head]

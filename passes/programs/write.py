@@ -16,7 +16,7 @@ from ..canonical import mutated_arguments
 from ..fakes import propagate
 from ..policy import Policy
 from ..rewriter import Builder, head_operands, size_of
-from ..trace import storage_of
+from ..trace import storage_of, switched_off
 from ..values import LogitsView, Operand, value_of
 from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
 from .emit import Emitted, RowInput, emit, kept
@@ -91,18 +91,8 @@ class _Order:
     """Where the nodes of a graph stand, before anything is written."""
 
     def __init__(self, graph: Graph) -> None:
-        self._numbers: dict[Node, int] = {}
-        self._off: dict[Node, Node] = {}  # what switched gradients off for a node, where they are
-        off: Node | None = None
-        for number, node in enumerate(graph.nodes):
-            self._numbers[node] = number
-            if off is not None:
-                self._off[node] = off
-            name = getattr(node.target, "__name__", "")
-            if name == "_enter_inference_mode" or (name == "_set_grad_enabled" and node.args[0] is False):
-                off = off or node
-            elif name in ("_exit_inference_mode", "_set_grad_enabled"):
-                off = None
+        self._numbers: dict[Node, int] = {node: number for number, node in enumerate(graph.nodes)}
+        self._off = switched_off(graph)
 
     def __getitem__(self, node: Node) -> int:
         return self._numbers[node]

@@ -120,25 +120,43 @@ def amax(call: Call) -> Outcome:
 
 
 def max_values(call: Call) -> Outcome:
-    """`x.max(dim)[0]`, which getitem of the pair is."""
+    """`x.max(dim)[0]` and `[1]`, which getitem of the pair is."""
     pair, which = call.arg(0, "self"), call.arg(1, "key")
     inner = Call(pair, call.values)
     view = inner.view(forms=(Form.LOGITS, Form.SHIFTED))
-    if view is None or which != 0 or not _is_class_dim(view, inner.arg(1, "dim")):
+    if view is None or which not in (0, 1) or not _is_class_dim(view, inner.arg(1, "dim")):
         return None
-    return _found(call, view.at(pair), Result.MAX, keepdim=bool(inner.arg(2, "keepdim", False)))
+    result = Result.TOP if which else Result.MAX
+    return _found(call, view.at(pair), result, keepdim=bool(inner.arg(2, "keepdim", False)))
+
+
+@rule("argmax")
+def argmax(call: Call) -> Outcome:
+    """The likeliest class of each row, which a softmax does not change."""
+    view = call.view(forms=(Form.LOGITS, Form.SHIFTED, Form.LOG_SOFTMAX, Form.SOFTMAX))
+    if view is None or not _is_class_dim(view, call.arg(1, "dim")):
+        return None
+    return _found(call, view, Result.TOP, keepdim=bool(call.arg(2, "keepdim", False)))
 
 
 @rule("sum", "mean")
 def total(call: Call) -> Outcome:
-    """A sum over the classes of exp(z - shift), of log-softmax, or of what a one-hot has left; of the last also over all."""
-    view = call.view(forms=(Form.EXP, *_LOGS, Form.PICKED))
+    """A sum over the classes of exp(z - shift), of log-softmax, or of what a one-hot has left; of the last also over all.
+    Of logits a mean, over the classes or over all."""
+    view = call.view(forms=(Form.EXP, Form.LOGITS, *_LOGS, Form.PICKED))
     if view is None or len(call.node.args) > 3:
         return None
     dtype = call.node.kwargs.get("dtype")
     if dtype is not None and (not dtype.is_floating_point or dtype.itemsize > statistics_dtype(view.dtype).itemsize):
         return call.decline(Reason.NO_RULE, f"a sum in {dtype}")
     name, dim, keepdim = canonical(call.node), call.arg(1, "dim"), bool(call.arg(2, "keepdim", False))
+    if view.form is Form.LOGITS:
+        every = dim in (None, (), []) or (
+            isinstance(dim, (tuple, list)) and {d % len(view.shape) for d in dim} == set(range(len(view.shape)))
+        )
+        if name == "sum" or (keepdim and every) or not (every or _is_class_dim(view, dim)):
+            return None
+        return _found(call, view, Result.MEAN, keepdim=keepdim, total=every)
     if view.form is Form.PICKED and name == "sum" and dim in (None, (), []):
         return _found(call, view, _PICKED[view.picked_from], view.picked, total=True)
     if not _is_class_dim(view, dim):

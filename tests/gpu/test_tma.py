@@ -41,10 +41,10 @@ def described(p: Problem) -> bool:
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bias": {"bias": torch.randn(137)},
-    "softcap": {"epilogue": Epilogue(0.5, 2.0, 3.0)},
+    "softcap": {"epilogue": Epilogue(0.5, 2.0, 3.0), "top": True},
     "smooth": {"smooth": True},
     "class weights": {"smooth": True, "class_weight": torch.rand(137)},
-    "ignored rows": {"ignore_index": 3},
+    "ignored rows": {"ignore_index": 3, "top": True},
     "all rows": {"ignore_index": None},
     "computed though ignored": {"ignore_index": 3, "skip_ignored": False},
     "a small workspace": {"workspace": 1 << 14},

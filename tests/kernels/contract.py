@@ -45,6 +45,21 @@ def assert_as_good(
     assert error.max() <= allowed + few_ulp, f"{what}: off by {error.max():.3g}, dense by {allowed:.3g} + {few_ulp:.3g}"
 
 
+def assert_likeliest(found: Tensor | None, exact: Tensor | None, problem: Problem, what: str) -> None:
+    """Each class that is found has a logit as large as the largest, but for the rounding of logits."""
+    assert (found is None) == (exact is None) == (not problem.top), what
+    if found is None or exact is None:
+        return
+    assert found.dtype == torch.int64 and torch.equal(found < 0, exact < 0), what
+    rows = (exact >= 0).nonzero()[:, 0]
+    z = reference.logits(problem)[rows]
+    one, other = (z.gather(1, t[rows, None])[:, 0] for t in (found, exact))
+    near = (one - other).abs() <= 4 * torch.finfo(statistics_dtype(problem.hidden.dtype)).eps * (
+        1 + logit_terms(problem)
+    )
+    assert bool((near | (found[rows] == exact[rows])).all()), f"{what}: other classes"
+
+
 def logit_terms(problem: Problem) -> float:
     """The size of what a logit is a sum of: its dot product is rounded by this much in any order of summation.
 
@@ -129,12 +144,16 @@ def check(problem: Problem, grads: RowGrads, needs: Needs, kernel: Kernel, **how
         for part, exact, dense in zip(got, (exact_stats, exact_grads), (dense_stats, dense_grads), strict=True):
             if part is not None:
                 for field, a, b, c in zip(part._fields, part, exact, dense, strict=True):
+                    if field == "top":
+                        if name != "partial":
+                            assert_likeliest(a, b, problem, name)
+                        continue
                     if part is got[1]:
                         terms = gradient_terms(problem, grads, field)
                     else:
                         terms = stats_terms(problem, exact_stats, field, sharded=name == "partial")
                     assert_as_good(a, b, c, f"{name}: {field}", terms)
-        assert {t.dtype for t in got[0]} == {statistics_dtype(problem.hidden.dtype)}, name
+        assert {t.dtype for t in got[0][:5]} == {statistics_dtype(problem.hidden.dtype)}, name
         for g, of in zip(got[1] or (), (problem.hidden, problem.weight, problem.bias), strict=False):
             assert g is None or (g.dtype == of.dtype and g.is_contiguous())
 
@@ -165,7 +184,7 @@ def problems(draw: st.DrawFn) -> tuple[Problem, RowGrads, Needs]:
     target = torch.randint(0, v, (n,), generator=generator)
     if ignore is not None:
         target[torch.rand(n, generator=generator) < draw(st.sampled_from([0.0, 0.3, 1.0]))] = ignore
-    smooth = draw(st.booleans())
+    smooth, top = draw(st.booleans()), draw(st.booleans())
     stats_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     weighted = draw(st.booleans())
     problem = Problem(
@@ -181,6 +200,7 @@ def problems(draw: st.DrawFn) -> tuple[Problem, RowGrads, Needs]:
         ignore_index=ignore,
         skip_ignored=draw(st.booleans()),
         smooth=smooth,
+        top=top,
         class_weight=torch.rand(v, generator=generator).to(stats_dtype) if smooth and weighted else None,
         workspace=draw(st.sampled_from([None, 1, 1 << 12, 1 << 14, 1 << 16, 1 << 18])),
     )

@@ -71,6 +71,23 @@ def test_rows_whose_tiles_are_stored_and_rows_whose_are_made_again(
     check(problem, RowGrads(torch.rand(rows), torch.rand(rows), torch.rand(rows) / classes), ALL, kernel)
 
 
+def test_the_likeliest_class_is_the_first_of_equals_and_a_nan_is_the_largest(kernel):
+    hidden, weight = torch.ones(5, 1), torch.arange(4000.0)[:, None] % 1000
+    hidden[2], hidden[3] = 0.0, torch.inf
+    problem = Problem(hidden, weight, None, torch.zeros(5, dtype=torch.int64), workspace=1 << 14, top=True)
+    found = kernel.forward(problem).top
+    assert found.tolist() == [999, 999, 0, 0, 999]  # row 3: inf * 0 is NaN
+    weight[700], weight[2500], weight[3000] = torch.inf, torch.nan, torch.nan
+    assert kernel.forward(problem).top.tolist() == [2500, 2500, 700, 0, 2500]
+    weight.fill_(-torch.inf)
+    hidden.fill_(1.0)
+    assert kernel.forward(problem).top.tolist() == [0] * 5
+    problem = replace(problem, target=torch.tensor([1, -100, 2, -100, 3]), weight=torch.rand(4000, 1))
+    best = int(problem.weight.argmax())
+    assert kernel.forward(problem).top.tolist() == [best, -1, best, -1, best]
+    assert kernel.forward_backward(problem, RowGrads(torch.ones(5)), ALL)[0].top.tolist() == [best, -1, best, -1, best]
+
+
 @pytest.mark.parametrize("skip", [True, False])
 def test_ignored_row_that_is_not_finite_makes_gradients_nan(kernel, skip):
     problem = small(skip_ignored=skip)
@@ -126,6 +143,7 @@ def test_target_out_of_range_raises_as_eager_does(kernel, bad):
 @example(drawn=(small(smooth=True), RowGrads(torch.ones(6), None, torch.ones(6)), ALL), cuts=[4])
 def test_shards_combine_to_the_whole(drawn, cuts, name):
     (problem, grads, _), kernel = drawn, KERNELS[name]
+    problem = replace(problem, top=False)  # of the whole vocabulary only
     if not serves(kernel, problem):
         return
     v = problem.weight.shape[0]

@@ -108,16 +108,16 @@ def row_grads(problem: Problem, all_three: bool = False) -> RowGrads:
 
 
 OPTIONS = {
-    "plain": {},
+    "plain": {"top": True},
     "bias": {"bias": torch.randn(10_000)},
     "scale": {"epilogue": Epilogue(-0.5, None, 2.0)},
-    "cap": {"epilogue": Epilogue(0.5, 3.0, 2.0)},
+    "cap": {"epilogue": Epilogue(0.5, 3.0, 2.0), "top": True},
     "negative cap": {"epilogue": Epilogue(0.5, 3.0, -2.0)},
     "smooth": {"smooth": True},
     "smooth with a cap and class weights": {
         "smooth": True, "epilogue": Epilogue(0.5, 3.0), "class_weight": torch.rand(10_000),
     },
-    "ignored rows": {"ignore_index": -100},
+    "ignored rows": {"ignore_index": -100, "top": True},
 }  # fmt: skip
 
 

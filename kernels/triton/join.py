@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the sums of each part of the vocabulary, of `sweep.py` or `stored.py`, to the statistics of the rows."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..combine import total_weight
+from ..spec import Partials, Stats
+from .device import launch
+from .head import Head, cdiv
+from .rows import Rows
+
+Sums = TypeVar("Sums", Partials, Stats)
+
+
+@triton.jit
+def _join(
+    target,
+    index,
+    state,
+    part_max,  # (splits, N)
+    part_sum,
+    part_target,
+    part_smooth,
+    part_weight,  # (splits,)
+    part_lead,  # (splits, N), or None
+    part_top,
+    total_weight,  # (1,) or None
+    out_nll,  # (N,), or None where not STATS
+    out_lse,  # (N,), or None where not STATS
+    out_max,  # (N,)
+    out_sum,
+    out_target,  # (N,), or None where STATS
+    out_smooth,
+    out_top,
+    N,
+    splits,
+    ignore_index,
+    IGNORE: tl.constexpr,
+    SKIP: tl.constexpr,
+    SMOOTH: tl.constexpr,
+    STATS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    count = tl.load(state)
+    if tl.program_id(0) * BLOCK >= count:
+        return
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    kept = place < count
+    row = tl.load(index + place, mask=kept, other=0)
+    highest = tl.full((BLOCK,), float("-inf"), dtype=ACC)
+    for split in range(0, splits):
+        highest = tl.maximum(
+            highest, tl.load(part_max + split * tl.full((), N, tl.int64) + place, mask=kept, other=0.0)
+        )
+    shift = tl.where(highest == float("-inf"), 0.0, highest)
+    total = tl.zeros((BLOCK,), dtype=ACC)
+    at_target = tl.zeros((BLOCK,), dtype=ACC)
+    smooth = tl.zeros((BLOCK,), dtype=ACC)
+    weights = tl.zeros((1,), dtype=ACC)
+    for split in range(0, splits):
+        at = split * tl.full((), N, tl.int64) + place
+        part = tl.load(part_max + at, mask=kept, other=0.0)
+        total += tl.load(part_sum + at, mask=kept, other=0.0) * tl.exp(part - shift)
+        at_target += tl.load(part_target + at, mask=kept, other=0.0)
+        if SMOOTH:
+            w = tl.load(part_weight + split + tl.arange(0, 1))
+            part = tl.where(part == float("-inf"), 0.0, part)
+            smooth += tl.load(part_smooth + at, mask=kept, other=0.0) + w * (part - shift)
+            weights += w
+    if STATS:
+        log_total = tl.log(total)
+        # The differences first: lse - z_t would cancel the leading digits of two large numbers.
+        nll = (highest - at_target) + log_total
+        lse = tl.where(highest == float("inf"), highest, shift + log_total)
+        if SMOOTH:
+            smooth = tl.load(total_weight + tl.arange(0, 1)) * log_total - smooth
+        if IGNORE:
+            ignored = tl.load(target + row, mask=kept, other=0) == ignore_index
+            nll = tl.where(ignored, 0.0, nll)
+            smooth = tl.where(ignored, 0.0, smooth)
+            if SKIP:
+                lse = tl.where(ignored, 0.0, lse)
+                highest = tl.where(ignored, 0.0, highest)
+                total = tl.where(ignored, 0.0, total)
+        tl.store(out_nll + row, nll, mask=kept)
+        tl.store(out_lse + row, lse, mask=kept)
+    else:
+        smooth += weights * shift
+        tl.store(out_target + row, at_target, mask=kept)
+    if out_top is not None:
+        lead = tl.full((BLOCK,), float("-inf"), dtype=ACC)
+        best = tl.zeros((BLOCK,), dtype=tl.int32)
+        for split in range(0, splits):
+            at = split * tl.full((), N, tl.int64) + place
+            part = tl.load(part_lead + at, mask=kept, other=0.0)
+            best = tl.where(part > lead, tl.load(part_top + at, mask=kept, other=0), best)
+            lead = tl.maximum(part, lead)
+        if IGNORE and SKIP:
+            best = tl.where(tl.load(target + row, mask=kept, other=0) == ignore_index, -1, best)
+        tl.store(out_top + row, best.to(tl.int64), mask=kept)
+    tl.store(out_max + row, highest, mask=kept)
+    tl.store(out_sum + row, total, mask=kept)
+    if SMOOTH:
+        tl.store(out_smooth + row, smooth, mask=kept)
+
+
+def nothing(head: Head, kind: type[Sums]) -> Sums:
+    """Stats or Partials with what rows not computed keep: zeros, and -1 for the likeliest class."""
+    p, fields = head.problem, kind._fields[:-1]
+    sizes = dict.fromkeys(fields, head.n) | {"smooth": head.n if p.smooth else 0}
+    top = torch.full((head.n,), -1, device=p.hidden.device) if p.top and kind is Stats else None
+    return kind(**{n: torch.zeros(s, dtype=head.dtype, device=p.hidden.device) for n, s in sizes.items()}, top=top)
+
+
+def likeliest_parts(head: Head, parts: int) -> list[Tensor | None]:
+    """Memory (parts, N) each for the largest logit of each part and its class, where they are wanted."""
+    if not head.problem.top:
+        return [None, None]
+    device = head.problem.hidden.device
+    return [torch.empty(parts, head.n, dtype=dtype, device=device) for dtype in (head.dtype, torch.int32)]
+
+
+def join(head: Head, rows: Rows, parts: list[Tensor | None], kind: type[Sums]) -> Sums:
+    """Stats or Partials (N,) from the parts of the vocabulary (parts, N), added in their order."""
+    out = nothing(head, kind)
+    p, stats = head.problem, kind is Stats
+    total = None
+    if stats and p.smooth:
+        weight = total_weight(p)
+        total = (
+            weight.to(head.dtype).reshape(1)
+            if isinstance(weight, Tensor)
+            else torch.full((1,), weight, dtype=head.dtype, device=p.hidden.device)
+        )
+    assert parts[0] is not None
+    launch(
+        p.hidden.device,
+        _join,
+        (cdiv(head.n, 128),),
+        {"num_warps": 4},
+        target=p.target.contiguous(),
+        index=rows.index,
+        state=rows.state,
+        part_max=parts[0],
+        part_sum=parts[1],
+        part_target=parts[2],
+        part_smooth=parts[3],
+        part_weight=parts[4],
+        part_lead=parts[5],
+        part_top=parts[6],
+        total_weight=total,
+        out_nll=getattr(out, "nll", None),
+        out_lse=getattr(out, "lse", None),
+        out_max=out.max,
+        out_sum=out.sumexp,
+        out_target=getattr(out, "target_logit", None),
+        out_smooth=out.smooth if p.smooth else None,
+        out_top=out.top,
+        N=head.n,
+        splits=parts[0].shape[0],
+        ignore_index=p.ignore_index if p.ignore_index is not None else 0,
+        IGNORE=p.ignore_index is not None,
+        SKIP=p.skip_ignored,
+        SMOOTH=p.smooth,
+        STATS=stats,
+        ACC=head.args(rows)["ACC"],
+        BLOCK=128,
+    )
+    return out
