@@ -328,6 +328,54 @@ FAULTS = [
         "return out",
     ),
     Fault(
+        "what is read beside a loss may be of other rows",
+        "passes/beside.py",
+        "if _rows(one.hidden) != _rows(other.hidden) or",
+        "if",
+    ),
+    Fault(
+        "what is read beside a loss may be of other logits",
+        "passes/beside.py",
+        "all(e.scale * e.post_scale > 0 for e in (mine, its))",
+        "True",
+    ),
+    Fault(
+        "a loss is written where gradients are off",
+        "passes/beside.py",
+        "        place = off[reading]\n",
+        "",
+    ),
+    Fault(
+        "a loss is written before its target is changed",
+        "passes/beside.py",
+        "if any(storage_of(n) in memory for n in mutated_arguments(node)):",
+        "if False:",
+    ),
+    Fault(
+        "a loss is written before its target",
+        "passes/beside.py",
+        "if any(order.get(n, -1) >= order[place] for n in inputs):",
+        "if False:",
+    ),
+    Fault(
+        "rows that a loss leaves out have the first class",
+        "cce_fx/functional.py",
+        "torch.where(ignored, others[5], top)",
+        "top.clamp(min=0)",
+    ),
+    Fault(
+        "the likeliest class is that of the first thread",
+        "kernels/native/steps.cpp",
+        "top = factors[t], highest = t;",
+        "top = factors[t];",
+    ),
+    Fault(
+        "the likeliest class is the last that was the largest so far",
+        "kernels/portable/tiles.py",
+        "better = (found > before) |",
+        "better = (found >= before) |",
+    ),
+    Fault(
         "a ReLU on the logits is taken for a cast",
         "passes/rules/elementwise.py",
         '@rule("contiguous")',
@@ -347,6 +395,8 @@ def red(fault: Fault, where: Path) -> bool:
         names = ("forms", "semantics", "lazy_logits", "programs", "ops")  # the quickest first
         tests = [f"tests/kernels/test_{name}.py" for name in ("native", "contract")]
         tests += [f"tests/test_{name}.py" for name in names]
+        if "beside" in fault.path or "functional" in fault.path:
+            tests.insert(0, "tests/test_beside.py")
         if fault.path.startswith(("passes/programs", "cce_fx/row_op")):
             tests = [f"tests/test_{name}.py" for name in ("row_programs", "changing_sizes", "forms")]
         env = {**os.environ, "PYTHONPATH": str(where), "CCE_FX_PROGRAMS": "80"}
