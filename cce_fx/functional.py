@@ -20,6 +20,7 @@ from .kernels.combine import statistics_dtype
 from .kernels.spec import Epilogue, Needs
 from .kernels.spec import Sizes as Sizes
 from .op import DTYPES as DTYPES  # importing it registers the operators
+from .op import HEAD_ARGS
 from .row_op import HELD as HELD
 from .row_op import rows as rows_operator
 from .row_op import rows_wanted as rows_wanted
@@ -105,25 +106,9 @@ def site_loss(
     loss: LossSpec,
     kernel: KernelSpec,
     division: Division | None = None,
-) -> Any:
-    """The loss alone of `loss_and_rows`."""
-    return loss_and_rows(hidden, weight, bias, target, class_weight, classes, dtype, loss, kernel, division)[0]
-
-
-def loss_and_rows(
-    hidden: Any,
-    weight: Any,
-    bias: Any,
-    target: Any,
-    class_weight: Any,
-    classes: Any,
-    dtype: torch.dtype,
-    loss: LossSpec,
-    kernel: KernelSpec,
-    division: Division | None = None,
 ) -> tuple[Any, dict[Read, Any]]:
     """The loss, () or (N,) in `dtype`, of tensors or of `torch.fx.Proxy` values, and what `kernel.reads` names of each row (N,),
-    whether its target is ignored or not, without a gradient. Arguments as of `site_loss`.
+    whether its target is ignored or not, without a gradient.
 
     With a `division` the arguments are what this process holds, but for class_weight, which is whole, and `classes`; and
     the loss is its own rows' part of a mean or sum, so that those of all processes add up to the whole.
@@ -163,6 +148,18 @@ def loss_and_rows(
     if smooth:
         rows = rows + w_smooth * smooth_nll
     return rows if loss.reduction == "none" else _mean_of_none(rows.sum(), denominator), read
+
+
+# The operators that can tell the likeliest class of each row, and where among their results.
+LIKELIEST = {
+    torch.ops.cce.linear_cross_entropy.default: 5,
+    torch.ops.cce.linear_cross_entropy_with_grads.default: 4,
+}
+
+
+def tells_likeliest(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of one of those operators, asked for it."""
+    return (*args[: HEAD_ARGS - 1], True, *args[HEAD_ARGS:])
 
 
 def _read_rows(
@@ -292,7 +289,7 @@ def linear_cross_entropy(
     kernel = KernelSpec(needs, autocast=True, workspace=workspace, filter_eps=filter_bound(filter_eps, low))
     rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     dtype = statistics_dtype(hidden.dtype)
-    out = site_loss(rows, weight, bias, target.reshape(-1), class_weight, weight.shape[0], dtype, loss, kernel)
+    out, _ = site_loss(rows, weight, bias, target.reshape(-1), class_weight, weight.shape[0], dtype, loss, kernel)
     return out.view(target.shape) if reduction == "none" else out
 
 

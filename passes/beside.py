@@ -13,6 +13,7 @@ from dataclasses import replace
 from torch import Tensor
 from torch.fx import Node
 
+from ..kernels.spec import Epilogue
 from .canonical import mutated_arguments
 from .sharded import has_sharded_head
 from .trace import Trace, storage_of, switched_off
@@ -44,23 +45,28 @@ def with_readings(site: LossSite, found: Trace, taken: Collection[Node]) -> Loss
 
 def _is_of(reading: Candidate, loss: Candidate) -> bool:
     """Whether a reading has no gradient, and is of the rows and the logits of a loss."""
-    one, other, value = reading.view, loss.view, value_of(reading.anchor)
-    if (
-        not isinstance(value, Tensor)
-        or value.requires_grad
-        or one.linear is not other.linear
-        or one.dtype != other.dtype
-    ):
-        return False
-    if _rows(one.hidden) != _rows(other.hidden) or one.classes != other.classes:
-        return False
-    if any(_plain(a) != _plain(b) for a, b in ((one.weight, other.weight), (one.bias, other.bias))):
+    value = value_of(reading.anchor)
+    if not isinstance(value, Tensor) or value.requires_grad or not of_the_same_rows(reading.view, loss.view):
         return False
     mine, its = reading.loss.epilogue, loss.loss.epilogue
     if reading.result is Result.TOP:
-        return mine == its or all(e.scale * e.post_scale > 0 for e in (mine, its))
+        return with_the_same_order(mine, its)
     weighted = loss.class_weight is not None and loss.loss.label_smoothing > 0
     return mine == its and not (reading.result is Result.MEAN and weighted)
+
+
+def of_the_same_rows(one: LogitsView, other: LogitsView) -> bool:
+    """Whether two views are of one product, with the same rows in the same order, but for their epilogues."""
+    if one.linear is not other.linear or one.dtype != other.dtype or one.classes != other.classes:
+        return False
+    if any(_plain(a) != _plain(b) for a, b in ((one.weight, other.weight), (one.bias, other.bias))):
+        return False
+    return _rows(one.hidden) == _rows(other.hidden)
+
+
+def with_the_same_order(one: Epilogue, other: Epilogue) -> bool:
+    """Whether two epilogues of a product put its classes into the same order."""
+    return one == other or all(e.scale * e.post_scale > 0 for e in (one, other))
 
 
 def _plain(operand: Operand | None) -> Operand | None:

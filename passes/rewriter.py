@@ -13,11 +13,12 @@ from torch.fx import Graph, GraphModule, Node, Proxy
 
 from .._torch import GraphAppendingTracer
 from ..functional import (
+    LIKELIEST,
     KernelSpec,
     Read,
     filter_bound,
-    loss_and_rows,
     row_statistics,
+    site_loss,
     statistics_dtype,
     target_logit,
     top_class,
@@ -98,6 +99,9 @@ def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy, moved: dict[No
                 Reason.INTERNAL, node, f"{tuple(was.shape)} {was.dtype} became {tuple(now.shape)} {now.dtype}"
             )
     moved |= written
+    kernel = next((n for n in builder.written if n.target in LIKELIEST), None)
+    if kernel is not None and site.candidate.result is Result.LOSS:
+        kernel.meta["cce_fx_loss"] = site.candidate
     for candidate in (site.candidate, *site.readings):
         candidate.anchor.replace_all_uses_with(written[candidate.anchor])
         erase_unused(gm.graph, [candidate.anchor, *reversed(candidate.view.path)])
@@ -199,7 +203,7 @@ def _write(builder: Builder, site: LossSite, policy: Policy) -> tuple[Any, list[
         rows = target if value_of(candidate.target).dim() == 1 else torch.reshape(target, (-1,))
     if candidate.result is Result.LOSS:
         classes = size_of(view.classes, weight, 0)
-        out, read = loss_and_rows(hidden, weight, bias, rows, class_weight, classes, dtype, loss, kernel)
+        out, read = site_loss(hidden, weight, bias, rows, class_weight, classes, dtype, loss, kernel)
         readings = [_reading(builder, r, read[_READS[r.result]]) for r in site.readings]
         if loss.reduction == "none" and len(view.shape) != 2:
             out = out.reshape_as(target)

@@ -330,13 +330,13 @@ FAULTS = [
     Fault(
         "what is read beside a loss may be of other rows",
         "passes/beside.py",
-        "if _rows(one.hidden) != _rows(other.hidden) or",
-        "if",
+        "return _rows(one.hidden) == _rows(other.hidden)",
+        "return True",
     ),
     Fault(
         "what is read beside a loss may be of other logits",
         "passes/beside.py",
-        "all(e.scale * e.post_scale > 0 for e in (mine, its))",
+        "all(e.scale * e.post_scale > 0 for e in (one, other))",
         "True",
     ),
     Fault(

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import cce_fx
+from cce_fx.lazy import operations
 from tests.helpers import Watch, step
 
 N, D, V = 48, 16, 3000
@@ -186,3 +187,59 @@ def test_no_row_program_is_reported_for_it() -> None:
     assert [r.tier for r in report.rewritten] == ["kernel"] and not report.declined
     with pytest.raises(ValueError, match="unknown option"):
         cce_fx.explain(first_without_gradient, *tensors(), options={"min_vocap": 0})
+
+
+class Model(nn.Module):
+    """A loss of the next token, whose last row of each sequence is ignored, and the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head = nn.Linear(D, 9000, bias=False)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.head(x)
+        following = F.pad(y, (0, 1), value=-100)[..., 1:]
+        return F.cross_entropy(z.float().view(-1, 9000), following.reshape(-1)), z
+
+
+READ_LATER: dict[str, Callable[[Tensor], Tensor]] = {
+    "all": lambda z: z.argmax(-1),
+    "without the last": lambda z: z[:, :-1].argmax(-1),
+    "flat": lambda z: torch.argmax(z.detach().view(-1, z.size(-1)), dim=1, keepdim=True),
+    "of a softmax": lambda z: z.float().softmax(-1).argmax(-1),
+    "some": lambda z: z[torch.arange(z.size(1)).expand(z.shape[:2]) % 2 > 0].argmax(-1),
+    "turned": lambda z: z.transpose(0, 1).argmax(2),
+}
+
+
+@pytest.mark.parametrize("how", READ_LATER)
+@pytest.mark.parametrize("training", [True, False])
+def test_lazy_logits_know_the_likeliest_class(how: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x, y = Model(), torch.randn(8, 11, D), torch.randint(9000, (8, 11))
+    y[2, 3:6] = -100
+    computed = []
+    by_rows = operations.by_rows
+    monkeypatch.setattr(operations, "by_rows", lambda f, a, k: (computed.append(len(a[0])), by_rows(f, a, k))[1])
+    with torch.set_grad_enabled(training):
+        loss, z = torch.compile(model, backend="cce")(x, y)
+        want = READ_LATER[how](model(x, y)[1])
+        if training:
+            loss.backward()
+            torch.optim.SGD(model.parameters(), lr=10.0).step()  # the rows that the loss left out are what they were
+        assert isinstance(z, cce_fx.LazyLogits)
+        assert torch.equal(READ_LATER[how](z), want)
+        assert z.chain is not None, "the logits were read"
+    assert max(computed, default=0) <= 8 + 3, "rows were computed again"
+    with torch.no_grad():
+        READ_LATER[how](z).zero_()
+        assert torch.equal(READ_LATER[how](z), want)
+
+
+def test_changed_lazy_logits_have_other_likeliest_classes() -> None:
+    model, x, y = Model(), torch.randn(8, 11, D), torch.randint(9000, (8, 11))
+    _, z = torch.compile(model, backend="cce")(x, y)
+    want = model(x, y)[1].detach()
+    assert torch.equal((-z).argmax(-1), want.argmin(-1)) and torch.equal(z.argmax(0), want.argmax(0))
+    z.detach().neg_()
+    assert torch.equal(z.argmax(-1), want.argmin(-1))

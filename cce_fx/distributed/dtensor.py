@@ -114,7 +114,7 @@ def sharded_loss(
     division = Divided(shard, tuple((mesh, m) for m in layout.rows), reduce_hidden=False)
     loss = LossSpec(reduction, ignore_index, label_smoothing, Epilogue(scale, softcap, post_scale))
     kernel = KernelSpec(None if needs is None else Needs(*needs), autocast=False, workspace=workspace)
-    out = site_loss(
+    out, _ = site_loss(
         local_hidden.reshape(-1, local_hidden.shape[-1]),
         local_weight,
         local_bias,

@@ -190,7 +190,7 @@ def linear_cross_entropy(
     kernel = KernelSpec(None, autocast=False, workspace=workspace)
     rows = hidden.reshape(target.numel(), hidden.shape[-1])
     dtype = statistics_dtype(hidden.dtype)
-    mine = site_loss(rows, weight, bias, target.reshape(-1), class_weight, total, dtype, loss, kernel, division)
+    mine, _ = site_loss(rows, weight, bias, target.reshape(-1), class_weight, total, dtype, loss, kernel, division)
     if reduction == "none":
         return mine.view(target.shape)
     whole = division.over_rows(mine.detach())

@@ -339,6 +339,25 @@ def is_moved(state: State) -> bool:
     return chain is not None and chain.rowwise and len(states) > 1 and len({s.grad for s in states}) == 1
 
 
+def known_top(state: State) -> Tensor | None:
+    """The likeliest class of each row of a tensor that is some rows of logits, -1 where it is not known; or None."""
+    root, *rest = _line(state)
+    if root.chain is None or root.chain.top is None:
+        return None
+    moves = []
+    for s in rest:
+        assert s.op is not None
+        if not is_calculation(s.op, s):
+            moves.append(s)
+        elif s.op.name not in _IN_ORDER:
+            return None
+    return _moved(root.chain.top[..., None], moves)[..., 0]
+
+
+# Calculations that leave the classes of a row in their order.
+_IN_ORDER = {*CASTS, "contiguous", *_ALONG_CLASSES}
+
+
 def read_rows(state: State) -> Tensor:
     """The values of a tensor that is some rows of unread logits, without the other rows."""
     root, *rest = _line(state)

@@ -21,7 +21,7 @@ from .._torch import (
 )
 from ..passes.autocast import autocast_of
 from ..passes.canonical import CASTS, canonical_callable
-from .expression import Expression, NotWritten, is_moved, read_rows
+from .expression import Expression, NotWritten, is_moved, known_top, read_rows
 from .functions import BASE, DETACH_, IS_VIEW, REGISTER_HOOK, WATCH, Op, writes
 from .graph import row_by_row, run_without_logits
 from .state import State, owned
@@ -74,6 +74,28 @@ def stay_lazy(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
     if name not in _MOVES and name not in _CASTS:
         return NotImplemented
     return _lazily(lazy, name, func, rest, kwargs)
+
+
+def known_beforehand(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An `argmax` of rows whose loss has told it; of those that the loss left out it is computed. Or NotImplemented."""
+    lazy = args[0] if args else None
+    if canonical_callable(func) != "argmax" or not isinstance(lazy, LazyLogits) or lazy.chain is None:
+        return NotImplemented
+    given = dict(zip(("dim", "keepdim"), args[1:], strict=False)) | kwargs
+    dim, keepdim = given.pop("dim", None), given.pop("keepdim", False)
+    if given or dim not in (-1, lazy.dim() - 1) or _is_transformed():
+        return NotImplemented
+    top = known_top(lazy.state)
+    if top is None:
+        return NotImplemented
+    missing = top < 0
+    if bool(missing.any()):
+        rows = _rows_chosen(lazy, missing)
+        rest = NotImplemented if rows is NotImplemented else by_rows(torch.argmax, (rows, -1), {})
+        if rest is NotImplemented:
+            return NotImplemented
+        top = top.masked_scatter(missing, rest)
+    return (top.unsqueeze(-1) if keepdim else top).clone()
 
 
 def by_rows(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -319,4 +341,4 @@ def _harmless(name: str, lazy: LazyLogits, args: tuple[Any, ...], kwargs: dict[s
     return not any(isinstance(a, Tensor) for a in (*args, *kwargs.values()))
 
 
-HANDLERS.extend([about_the_tensor, stay_lazy, by_rows, read_a_part])
+HANDLERS.extend([about_the_tensor, stay_lazy, known_beforehand, by_rows, read_a_part])

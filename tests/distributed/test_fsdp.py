@@ -183,7 +183,8 @@ def logits_of_a_step(optimizer: Any) -> None:
     assert isinstance(logits, LazyLogits) and logits.chain is not None  # FSDP's hooks have not read it
     loss.backward()
     with pytest.raises(RuntimeError, match="FSDP has let go"):
-        logits.argmax(-1)
+        logits.amax(-1)
+    assert torch.equal(logits.argmax(-1), want.argmax(-1))  # which the loss has told
     assert_same(gradients(model), averaged(lambda one: one(x, y)[0]))
     _, again = run(x, y)
     torch.testing.assert_close(logits + 0, want)  # gathered anew, and the same
