@@ -22,6 +22,7 @@ namespace {
 struct Sums : Buffers {
   float *top, *shift, *sum, *lost, *at_target, *d_hidden;
   double* weighted;
+  float* raised;  // 0 where a chunk has a larger logit than all before it, else -1
   int32_t* best;  // the class of the largest logit so far
 
   Sums(const Call& q, const Sizes& s, Workspace& workspace)
@@ -33,65 +34,77 @@ struct Sums : Buffers {
         at_target(workspace.take(s.block)),
         d_hidden(q.d_hidden ? workspace.take(s.block * s.span) : nullptr),
         weighted(reinterpret_cast<double*>(workspace.take(q.weighted ? 2 * s.block : 0))),
+        raised(workspace.take(s.block)),
         best(reinterpret_cast<int32_t*>(workspace.take(s.block))) {}
 };
 
 // tile = exp(z - shift), times the cap's slope where there is one; sum += their sum over the columns; weighted += sum w z.
 // Where one class is nearly sure, its gradient is what the others add to a sum of one: each of their roundings would count.
-template <bool kCapped, bool kWeighted>
-void exponentials(const Call& q, Columns columns, float* tile, int64_t rows, const Sums& own, bool keep) {
+// With kBest, best becomes the first class of the largest logit, where the chunk has raised that.
+template <bool kCapped, bool kWeighted, bool kBest>
+void exponentials(const Call& q, Columns columns, float* tile, int64_t rows, int64_t j, const Sums& own, bool keep) {
   constexpr int64_t kPiece = 8;  // columns that are added up in pairs, and then with what was lost before (Kahan)
-  for (int64_t j = 0; j < rows; j += kLanes) {
-    const Floats down = load(own.shift + j);
-    Floats total = load(own.sum + j), lost = load(own.lost + j), wtotal = {};
-    float of_classes = 0.0f;
-    const auto entry = [&](int64_t c) __attribute__((always_inline)) {
-      float* const at = tile + c * rows + j;
-      Floats z = load(at), slope = {};
-      if (kCapped) {
-        z = tanh_of(z);
-        slope = 1.0f - z * z;
-        z = rounded(z * q.outer);
-      }
-      const Floats x = z - down, e = exp_floor(x);
-      if (kWeighted) {
-        const float w = q.class_weight ? q.class_weight[columns.first + c] : 1.0f;
-        wtotal += x * w;
-        of_classes += w;
-      }
-      if (keep) store(at, kCapped ? e * slope : e);
-      return e;
-    };
-    const auto add = [&](Floats part) __attribute__((always_inline)) {
-      const Floats more = part - lost, sum = rounded(total + more);
-      lost = rounded(sum - total) - more;
-      total = sum;
-    };
-    const auto add_weighted = [&]() __attribute__((always_inline)) {
-      for (int64_t i = 0; i < kLanes; ++i) own.weighted[j + i] += double(wtotal[i]) + double(of_classes) * double(down[i]);
-      wtotal = Floats{};
-      of_classes = 0.0f;
-    };
-    int64_t c = 0;
-    for (; c + kPiece <= columns.count; c += kPiece) {
-      Floats e[kPiece];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < kPiece; ++i) e[i] = entry(c + i);
-      add(((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7])));
-      if (kWeighted) add_weighted();
+  const Floats down = load(own.shift + j);
+  Floats total = load(own.sum + j), lost = load(own.lost + j), wtotal = {}, best = Floats{} + kNever;
+  float of_classes = 0.0f;
+  const auto entry = [&](int64_t c) __attribute__((always_inline)) {
+    float* const at = tile + c * rows + j;
+    Floats z = load(at), slope = {};
+    if (kCapped) {
+      z = tanh_of(z);
+      slope = 1.0f - z * z;
+      z = rounded(z * q.outer);
     }
-    for (; c < columns.count; ++c) add(entry(c));
+    const Floats x = z - down, e = exp_floor(x);
+    if (kBest) {  // infinity less infinity is not below 0 either
+      const Floats at = x < 0.0f ? Floats{} + kNever : Floats{} + float(c);
+      best = at < best ? at : best;
+    }
+    if (kWeighted) {
+      const float w = q.class_weight ? q.class_weight[columns.first + c] : 1.0f;
+      wtotal += x * w;
+      of_classes += w;
+    }
+    if (keep) store(at, kCapped ? e * slope : e);
+    return e;
+  };
+  const auto add = [&](Floats part) __attribute__((always_inline)) {
+    const Floats more = part - lost, sum = rounded(total + more);
+    lost = rounded(sum - total) - more;
+    total = sum;
+  };
+  const auto add_weighted = [&]() __attribute__((always_inline)) {
+    for (int64_t i = 0; i < kLanes; ++i) own.weighted[j + i] += double(wtotal[i]) + double(of_classes) * double(down[i]);
+    wtotal = Floats{};
+    of_classes = 0.0f;
+  };
+  int64_t c = 0;
+  for (; c + kPiece <= columns.count; c += kPiece) {
+    Floats e[kPiece];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < kPiece; ++i) e[i] = entry(c + i);
+    add(((e[0] + e[1]) + (e[2] + e[3])) + ((e[4] + e[5]) + (e[6] + e[7])));
     if (kWeighted) add_weighted();
-    store(own.sum + j, total);
-    store(own.lost + j, lost);
   }
+  for (; c < columns.count; ++c) add(entry(c));
+  if (kWeighted) add_weighted();
+  store(own.sum + j, total);
+  store(own.lost + j, lost);
+  for (int64_t i = 0; kBest && i < kLanes; ++i)
+    if (own.raised[j + i] == 0.0f) own.best[j + i] = int32_t(columns.first + int64_t(best[i]));
+}
+
+template <bool kBest>
+auto exponentials_for(const Call& q) {
+  return q.capped ? (q.weighted ? exponentials<true, true, kBest> : exponentials<true, false, kBest>)
+                  : (q.weighted ? exponentials<false, true, kBest> : exponentials<false, false, kBest>);
 }
 
 void take_exponentials(const Call& q, Columns columns, float* tile, int64_t rows, const Sums& own) {
   const Phase phase(kExponentials);
-  const auto exponentials_of = q.capped ? (q.weighted ? exponentials<true, true> : exponentials<true, false>)
-                                        : (q.weighted ? exponentials<false, true> : exponentials<false, false>);
-  exponentials_of(q, columns, tile, rows, own, q.stores || q.d_hidden);
+  const auto plain = exponentials_for<false>(q), with_best = exponentials_for<true>(q);
+  for (int64_t j = 0; j < rows; j += kLanes)
+    (q.best && sum_of(load(own.raised + j)) > -float(kLanes) ? with_best : plain)(q, columns, tile, rows, j, own, q.stores || q.d_hidden);
 }
 
 // Make what is summed up of a row relative to a larger logit.
@@ -106,26 +119,18 @@ void shrink(const Call& q, const Sizes& s, const RowBlock& block, const Sums& ow
     }
 }
 
-// The first class of a chunk with the largest product so far, of the rows among a vector whose largest logit a chunk raises:
-// few of them after the first chunks.
-void take_best(Columns columns, const float* tile, int64_t rows, const Sums& own, int64_t j, Floats top, Floats before) {
-  for (int64_t r = j; r < j + kLanes; ++r) {
-    const float now = top[r - j], then = before[r - j];
-    if (!(now > then || (now != now && then == then))) continue;
-    const auto is_best = [&](int64_t c) { const float x = tile[c * rows + r]; return x == own.peak[r] || x != x; };
-    int64_t c = 0;
-    while (c + 1 < columns.count && !is_best(c)) ++c;
-    own.best[r] = int32_t(columns.first + c);
-  }
-}
-
 // Take the largest logits so far from the largest products; earlier sums become relative to them.
 void take_peaks(const Call& q, const Sizes& s, Columns columns, const float* tile, const RowBlock& block, const Sums& own) {
   const Phase phase(kExponentials);
   for (int64_t j = 0; j < block.padded; j += kLanes) {
     if (sum_of(load(own.odd + j)) != 0.0f) {  // the largest of them once more, with a NaN as the largest of all
       Floats top = load(own.peak + j);
-      for (int64_t c = 0; c < columns.count; ++c) top = larger(load(tile + c * block.padded + j), top);
+      for (int64_t c = 0; c < columns.count; ++c) {
+        const Floats z = load(tile + c * block.padded + j);
+        for (int64_t i = 0; i < kLanes; ++i)
+          if (z[i] != z[i] && top[i] == top[i]) own.best[j + i] = int32_t(columns.first + c);
+        top = larger(z, top);
+      }
       store(own.peak + j, top);
     }
     const Floats top = logit_of(q, load(own.peak + j)), before = load(own.top + j);
@@ -133,7 +138,7 @@ void take_peaks(const Call& q, const Sizes& s, Columns columns, const float* til
     const Floats factor = exp_floor(before - shift);
     store(own.top + j, top);
     store(own.shift + j, shift);
-    if (q.best) take_best(columns, tile, block.padded, own, j, top, before);
+    store(own.raised + j, top > before ? Floats{} : Floats{} - 1.0f);
     for (int64_t i = 0; i < kLanes; ++i)
       if (factor[i] != 1.0f && before[i] != -INFINITY) shrink(q, s, block, own, j + i, factor[i]);
   }
