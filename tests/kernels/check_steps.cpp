@@ -50,7 +50,7 @@ struct Problem {
   std::vector<Number> hidden, weight, d_hidden, d_weight;
   std::vector<float> bias, class_weight, prob, hit, uniform, uniform_weight, highest, sumexp, target_logit, d_bias, nll, lse;
   std::vector<double> weighted_sum;
-  std::vector<int64_t> index, target;
+  std::vector<int64_t> index, target, best;
   Doubles z, dx, ref_hidden, ref_weight, ref_bias;
   Head head{};
 
@@ -71,7 +71,7 @@ struct Problem {
     bias = floats(v, -0.1f), class_weight = floats(v, 0.5f);
     prob = floats(n, 0.5f), hit = floats(n, 0.5f), uniform = floats(n, 0.01f);
     for (int64_t i = 0; i < n; ++i) index.push_back(o.some_rows ? 2 * i : i), target.push_back(i % 5 == 4 ? -1 : random() % v);
-    highest.resize(n), sumexp.resize(n), target_logit.resize(n), weighted_sum.resize(n), nll.resize(n), lse.resize(n);
+    highest.resize(n), sumexp.resize(n), target_logit.resize(n), weighted_sum.resize(n), nll.resize(n), lse.resize(n), best.resize(n);
     d_hidden.resize(all * d), d_weight.resize(v * d), d_bias.resize(v), uniform_weight.resize(d);
     fill_head();
     answer();
@@ -93,7 +93,7 @@ struct Problem {
       for (int64_t c = 0; c < v; ++c) uniform_weight[k] += class_weight[c] * float(w(c, k));
     q.uniform_weight = uniform_weight.data();
     q.highest = highest.data(), q.sumexp = sumexp.data(), q.target_logit = target_logit.data(), q.weighted_sum = weighted_sum.data();
-    q.nll = nll.data(), q.lse = lse.data();
+    q.nll = nll.data(), q.lse = lse.data(), q.best = best.data();
     q.d_hidden = d_hidden.data(), q.d_weight = d_weight.data(), q.d_bias = d_bias.data();
     q.columns = o.threads == 1 ? kRows : 24, q.threads = o.threads;
   }
@@ -152,7 +152,8 @@ void check_sums(const char* plan, const Problem& p) {
     for (int64_t c = 0; c < p.v; ++c) top = std::max(top, p.z[r * p.v + c]), weighted += p.class_weight[c] * p.z[r * p.v + c];
     for (int64_t c = 0; c < p.v; ++c) sum += std::exp(p.z[r * p.v + c] - top);
     const double at = p.target[r] < 0 ? 0.0 : p.z[r * p.v + p.target[r]], lse = top + std::log(sum);
-    for (double difference : {p.highest[r] - top, p.target_logit[r] - at, p.lse[r] - lse, p.nll[r] - (lse - at),
+    const bool is_class = p.best[r] >= 0 && p.best[r] < p.v;
+    for (double difference : {p.highest[r] - top, is_class ? p.z[r * p.v + p.best[r]] - top : NAN, p.target_logit[r] - at, p.lse[r] - lse, p.nll[r] - (lse - at),
                               p.o.weighted ? (p.weighted_sum[r] - weighted) / double(p.v) : 0.0})
       error = difference == difference ? std::max(error, std::abs(difference)) : INFINITY;
   }
@@ -172,6 +173,7 @@ void check(const char* plan, Problem& p, std::vector<Step> steps, bool sums, boo
   workspace.assign(size, NAN);
   p.head.workspace = workspace.data(), p.head.workspace_size = size;
   std::fill(p.target_logit.begin(), p.target_logit.end(), 0.0f);
+  std::fill(p.best.begin(), p.best.end(), -1);
   std::fill(p.d_bias.begin(), p.d_bias.end(), 0.0f);
   std::fill(p.d_hidden.begin(), p.d_hidden.end(), number_of(0.0f));
   std::fill(p.d_weight.begin(), p.d_weight.end(), number_of(NAN));
