@@ -218,7 +218,8 @@ def config_text(rows: list[Row], dtype: str, device: str) -> str:
     from cce_fx.kernels.triton.device import machine_of
 
     own, found = machine_of(torch.device(device)).config(getattr(torch, dtype)), winners(rows, dtype)
-    lines = [f"    {f.name}={short(found.get(f.name, getattr(own, f.name)))}," for f in fields(Config)]
+    shapes = {f.name: found.get(f.name, getattr(own, f.name)) for f in fields(Config)}
+    lines = [f"    {name}={short(shape)}," for name, shape in shapes.items() if shape is not None]
     return "\n".join(["Config(", *lines, ")"])
 
 

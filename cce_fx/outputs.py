@@ -64,7 +64,7 @@ class LazyOutput:
     rowwise: bool  # each row of hidden gives its row of logits
     classes: int
     dtype: torch.dtype
-    top: Source | None  # of the likeliest class of each row, -1 where it is not known
+    top: Source | None  # of the likeliest class of each row, -1 where it is not known, where `rowwise`
 
     def like(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """A meta tensor of the logits' shape, strides and dtype, where they follow from hidden's."""
@@ -129,7 +129,7 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], options: Opt
                 views.append(ViewOutput(index, run, _sources(tuple(outer), inputs, results)))
         places = tuple(index for index, node in members if node is base)
         linear = found.views[base].linear.name
-        autocast = autocast_at(found.views[base].linear)
+        autocast, layout = autocast_at(found.views[base].linear), _layout(base, found.views[base])
         made.append(
             LazyOutput(
                 places,
@@ -139,8 +139,8 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], options: Opt
                 tuple(views),
                 autocast,
                 linear in rewritten,
-                *_layout(base, found.views[base]),
-                _likeliest(gm, found.views[base], results),
+                *layout,
+                _likeliest(gm, found.views[base], results) if layout[0] else None,
             )
         )
     output.args = (tuple(results),)
@@ -293,7 +293,7 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
 
         for output in cut.lazy:
             hidden, *inputs = given(output.sources)
-            top = given((output.top,))[0].view(hidden.shape[:-1]) if output.top and output.rowwise else None
+            top = given((output.top,))[0].view(hidden.shape[:-1]) if output.top else None
             chain = HeadChain(
                 hidden, tuple(inputs), output.chain, output.autocast, cut.outlive_steps, output.rowwise, top
             )

@@ -79,7 +79,7 @@ class Partials(NamedTuple):
 class Stats(NamedTuple):
     """Per-row results; float32, or float64 for float64 inputs. Ignored rows hold 0 (see Problem.skip_ignored).
 
-    `top` of a row with a NaN is a class of a logit that is NaN or infinite.
+    `top` of a row with a NaN is a class of one on a CPU, and any class on a GPU.
     """
 
     nll: Tensor  # (N,)

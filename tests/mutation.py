@@ -62,15 +62,15 @@ FAULTS = [
     ),
     Fault(
         "a reduction of all logits has their gradient where there is none",
-        "passes/programs/stretch.py",
+        "passes/programs/region.py",
         "            self._check_flow(rows, value_of(node))\n",
         "",
     ),
     Fault(
         "losses of one head are one program though one of them mixes rows",
         "passes/programs/tier.py",
-        "    if not stretch.exits or (at_once and not _has_all(stretch, heads, found)):\n",
-        "    if not stretch.exits:\n",
+        "    if not region.exits or (at_once and not _has_all(region, heads, found)):\n",
+        "    if not region.exits:\n",
     ),
     Fault(
         "an axis that is mixed may have rows",
@@ -124,7 +124,7 @@ FAULTS = [
     ),
     Fault(
         "a gradient flows through what the program took without one",
-        "passes/programs/stretch.py",
+        "passes/programs/region.py",
         "        if flows and not example.requires_grad:\n",
         "        if False:\n",
     ),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random losses of the rows: stretches of 2 to 30 operations of every admitted kind on one to three heads.
+"""Random losses of the rows: regions of 2 to 30 operations of every admitted kind on one to three heads.
 
-Values of a stretch are of three kinds, rows of numbers per class, one number per row, and a class per row; an operation takes
+Values of a region are of three kinds, rows of numbers per class, one number per row, and a class per row; an operation takes
 some and makes one. Programs that mix rows have one operation more, at a random place, that does.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random programs on returned logits: a pool of tensors that begins with them, and up to ten operations on its members.
 
-Views, slices, casts, scales, softmaxes, reads, losses, in-place changes of any member, index assignments, `detach`, stretches
+Views, slices, casts, scales, softmaxes, reads, losses, in-place changes of any member, index assignments, `detach`, regions
 without gradients, and a backward at the end; with lazy and with plain logits side by side.
 """
 

@@ -21,7 +21,7 @@ def problem(dtype: torch.dtype = torch.float32, *, smooth: bool = False, bias: b
     y = torch.randint(0, V, (N,), generator=gen)
     y[2] = -100
     class_weight = torch.rand(V, generator=gen).to(torch.float64 if dtype == torch.float64 else torch.float32)
-    head = [-100, True, smooth, 0.5, 3.0, 2.0, True, None, None, False]
+    head = [-100, True, smooth, 0.5, 3.0, 2.0, True, None, None, False, smooth]
     return [h, w, b if bias else None, y, class_weight if smooth else None, *head]
 
 

@@ -80,15 +80,18 @@ def _entries(t: Tensor, *, keep: bool) -> Tensor | None:
     if not gathered.is_there(t):
         return None
     with torch.no_grad():
-        grid = t.detach()[_grid(t.shape)]
+        grid = t.as_strided(*_grid(t.shape, t.stride()))
         return grid.clone(memory_format=torch.contiguous_format) if keep else grid
 
 
 @functools.lru_cache(256)
-def _grid(shape: tuple[int, ...]) -> tuple[slice, ...]:
+def _grid(shape: tuple[int, ...], stride: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Sizes and strides of the grid."""
     most = (_COLUMNS,) if len(shape) > 1 else (_ROWS * _COLUMNS,)
-    sizes = [_ROWS if at == 0 else 1 for at in range(len(shape) - 1)] + list(most) if shape else []
-    return tuple(slice(None, None, -(-have // want)) for have, want in zip(shape, sizes, strict=True))
+    wanted = [_ROWS if at == 0 else 1 for at in range(len(shape) - 1)] + list(most) if shape else []
+    every = [-(-have // want) for have, want in zip(shape, wanted, strict=True)]
+    sizes = tuple(-(-have // step) for have, step in zip(shape, every, strict=True))
+    return sizes, tuple(step * by for step, by in zip(stride, every, strict=True))
 
 
 class Overtaken(Protocol):

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..combine import finite, local_class_weight, statistics_dtype
-from ..logits import Head, default_workspace, spans, squarest
 from ..rows import Coefficients, Rows
 from ..spec import Grads, Norm, Partials, Problem, Sizes
+from .logits import Head, default_workspace, spans, squarest
 
 _FEWEST_ROWS = 64  # to a tile of all classes: with fewer, products are so slow that making the logits twice is faster
 _MULTIPLE = 16  # of rows: BLAS wastes what is left over

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 from ..spec import Grads, Needs, Norm, Problem, RowGrads, Stats
-from .chunked import chunked, held
+from .chunked import chunked, stored
 from .cost import make_plan
 from .filtering import Filter, make_filter
 from .forward import forward
@@ -69,9 +69,9 @@ def forward_backward(
     if problem.shard is None and any(possible) and problem.hidden.numel() and problem.weight.numel():
         head = tuned_head(problem)
         plan = make_plan(head, possible, strategy, with_stats=True, products=products)
-        if plan.strategy == "held":
+        if plan.strategy == "stored":
             rows = select(problem, grads=grads)
-            return held(head, rows, possible, plan)
+            return stored(head, rows, possible, plan)
     stats = forward(problem)
     options = {"deterministic": deterministic, "strategy": strategy, "products": products}
     return stats, backward(problem, stats.norm, grads, possible, report=report, **options)

@@ -47,7 +47,7 @@ def chunked(head: Head, rows: Rows, needs: Needs, plan: Plan, found: Filter | No
     return Grads(d_hidden, d_weight, d_bias)
 
 
-def held(head: Head, rows: Rows, needs: Needs, plan: Plan) -> tuple[Stats, Grads]:
+def stored(head: Head, rows: Rows, needs: Needs, plan: Plan) -> tuple[Stats, Grads]:
     """Stats and gradients with all tiles in scratch memory, so that each is computed once. Needs no cap, no filter."""
     # The sums of a tile take registers beside the tile.
     head = replace(head, config=replace(head.config, logits=head.config.heavy))

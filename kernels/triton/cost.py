@@ -7,10 +7,10 @@ Per strategy, for N rows, hidden size D, V classes, s bytes per input, and produ
     recompute     (g + 1) per output            -                                           0
     chunked       1 + one per output            N V s written and read once per output      N width s (+ 4 N D)
       by rows     2 per output                  the same                                    the same, without 4 N D
-    held          one per output, lse included  the same, and once more read and written    N V s
+    stored        one per output, lse included  the same, and once more read and written    N V s
 
 where g = ceil(D / group) is how often `recompute` needs each tile, and 4 N D is the fp32 buffer of d_hidden. `recompute`
-and `chunked` need lse beforehand; in `forward_backward` that costs one product more than `held`.
+and `chunked` need lse beforehand; in `forward_backward` that costs one product more than `stored`.
 
 No strategy adds into global memory with atomics or locks. By this model nothing would be gained: with tiles of 128 by
 128 the locked additions of arXiv 2411.09009 move 4 D s bytes through the cache for 6 * 128 D flops, which takes longer
@@ -34,7 +34,7 @@ DEFAULT_LEAST, DEFAULT_MOST = 16 << 20, 256 << 20
 class Plan:
     """How a backward is run."""
 
-    strategy: str  # "recompute", "chunked" or "held"
+    strategy: str  # "recompute", "chunked" or "stored"
     width: int = 0  # classes to a piece
     height: int = 0  # rows to a piece, where d_hidden has a pass of its own; 0 is none
     blas: bool = False  # whether BLAS makes the products
@@ -47,7 +47,7 @@ def make_plan(
 ) -> Plan:
     """The fastest plan by the model within `Problem.workspace`.
 
-    `strategy` is "auto", "recompute" or "chunked" (which includes "held" where that is possible); `products` is "auto",
+    `strategy` is "auto", "recompute" or "chunked" (which includes "stored" where that is possible); `products` is "auto",
     "blas" or "triton". Raises ValueError for other names.
     """
     if strategy not in ("auto", "recompute", "chunked"):
@@ -139,7 +139,7 @@ def chunked_plans(head: Head, needs: Needs, blas: bool, forced: bool, with_stats
         if head.n * columns * size <= limit + packed:
             seconds = product_seconds(head, outputs + 1) + traffic_seconds(head, entries * (outputs + 3))
             # lse comes out of the same product; the plans below are charged with one for it.
-            plans.append(Plan("held", columns, 0, blas, head.n * columns * size, seconds))
+            plans.append(Plan("stored", columns, 0, blas, head.n * columns * size, seconds))
     lse = product_seconds(head, 1) if with_stats else 0.0
     sums = _sums_bytes(head.n, head.d, size) if needs.hidden else 0
     width = widest(limit)
@@ -152,7 +152,7 @@ def chunked_plans(head: Head, needs: Needs, blas: bool, forced: bool, with_stats
         seconds = lse + product_seconds(head, 1 + outputs) + traffic_seconds(head, entries * (1 + outputs) + adding)
         scratch = head.n * width * size + (sums if pieces > 1 else 0) + packed
         plans.append(Plan("chunked", width, 0, blas, scratch, seconds + 3 * LAUNCH * pieces))
-    if needs.hidden and (not plans or plans[-1].strategy == "held"):
+    if needs.hidden and (not plans or plans[-1].strategy == "stored"):
         height = max(t.rows, limit // (columns * size) // t.rows * t.rows)
         width = max(t.cols, widest(limit))
         scratch = max(height * columns, head.n * width) * size + packed

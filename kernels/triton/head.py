@@ -111,6 +111,8 @@ def make_head(problem: Problem) -> Head:
     # Masks at the end of a row take registers too, and so do columns in the place of rows.
     heavy = any(extras) or p.weight.stride(1) != 1 or any(d % t.depth for t in tiles)
     config = machine.config(p.hidden.dtype, heavy, weights is not None or sum(extras) > 1, aligned)
+    if p.top and not heavy and config.likeliest is not None:
+        config = replace(config, sweep=config.likeliest)
     return Head(problem, machine, config, None if weights is None else weights.contiguous()).using(config)
 
 

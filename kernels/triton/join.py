@@ -29,8 +29,7 @@ def _join(
     part_target,
     part_smooth,
     part_weight,  # (splits,)
-    part_lead,  # (splits, N), or None
-    part_top,
+    part_top,  # (splits, N), or None
     total_weight,  # (1,) or None
     out_nll,  # (N,), or None where not STATS
     out_lse,  # (N,), or None where not STATS
@@ -100,7 +99,7 @@ def _join(
         best = tl.zeros((BLOCK,), dtype=tl.int32)
         for split in range(0, splits):
             at = split * tl.full((), N, tl.int64) + place
-            part = tl.load(part_lead + at, mask=kept, other=0.0)
+            part = tl.load(part_max + at, mask=kept, other=0.0)
             best = tl.where(part > lead, tl.load(part_top + at, mask=kept, other=0), best)
             lead = tl.maximum(part, lead)
         if IGNORE and SKIP:
@@ -120,12 +119,10 @@ def nothing(head: Head, kind: type[Sums]) -> Sums:
     return kind(**{n: torch.zeros(s, dtype=head.dtype, device=p.hidden.device) for n, s in sizes.items()}, top=top)
 
 
-def likeliest_parts(head: Head, parts: int) -> list[Tensor | None]:
-    """Memory (parts, N) each for the largest logit of each part and its class, where they are wanted."""
-    if not head.problem.top:
-        return [None, None]
+def likeliest_part(head: Head, parts: int) -> Tensor | None:
+    """Memory (parts, N) for the likeliest class of each part, where it is wanted."""
     device = head.problem.hidden.device
-    return [torch.empty(parts, head.n, dtype=dtype, device=device) for dtype in (head.dtype, torch.int32)]
+    return torch.empty(parts, head.n, dtype=torch.int32, device=device) if head.problem.top else None
 
 
 def join(head: Head, rows: Rows, parts: list[Tensor | None], kind: type[Sums]) -> Sums:
@@ -154,8 +151,7 @@ def join(head: Head, rows: Rows, parts: list[Tensor | None], kind: type[Sums]) -
         part_target=parts[2],
         part_smooth=parts[3],
         part_weight=parts[4],
-        part_lead=parts[5],
-        part_top=parts[6],
+        part_top=parts[5],
         total_weight=total,
         out_nll=getattr(out, "nll", None),
         out_lse=getattr(out, "lse", None),

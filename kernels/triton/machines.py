@@ -68,6 +68,9 @@ class Config:
     product: Tile  # the two products of the chunked backward
     fused: Fused  # the fused kernels of the recompute backward
     heavy_fused: Fused  # the same, where the tiles of logits are heavy
+    likeliest: Tile | None = (
+        None  # instead of `sweep` where the likeliest class is wanted, if that takes registers that are not there
+    )
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ class Machine:
         if self.arch not in _TMA:
             return self
         half = self.configs["16"]
-        tiles = {name: replace(getattr(half, name), tma=True) for name in _TILES} | _TMA[self.arch]
+        tiles = {name: replace(tile, tma=True) for name in _TILES if (tile := getattr(half, name))} | _TMA[self.arch]
         return replace(self, configs={**self.configs, "16": replace(half, **tiles)})
 
     def like(self, name: str, processors: int, shared: int, l2: int) -> Machine:
@@ -167,6 +170,7 @@ _HALF = {
         product=Tile(128, 128, 64, 8, 4),
         fused=Fused(64, 128, 64, 256, 8, 3),
         heavy_fused=Fused(64, 64, 64, 256, 8, 3, registers=255),
+        likeliest=Tile(128, 128, 64, 8, 4),
     ),
     "gfx942": Config(
         sweep=Tile(256, 128, 64, 8, 2),
@@ -179,7 +183,7 @@ _HALF = {
     ),
 }
 # By architecture with tensor descriptors: the tiles of logits that differ from the others then.
-_TILES = ("sweep", "logits", "heavy", "weighted")
+_TILES = ("sweep", "logits", "heavy", "weighted", "likeliest")
 _TMA = {"sm_90": {}, "sm_100": {"sweep": Tile(128, 256, 64, 8, 2, tma=True)}, "cpu": {}}
 # The interpreter pays for every operation and not for its size.
 _TEST = Tile(16, 64, 32, 1, 1)

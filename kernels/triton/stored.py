@@ -15,7 +15,7 @@ from torch import Tensor
 from ..spec import Norm
 from .device import launch
 from .head import Head, cdiv
-from .join import likeliest_parts
+from .join import likeliest_part
 from .machines import Tile
 from .rows import Rows
 from .tile import columns, likeliest, logits, narrow, product, rows_at, swizzle
@@ -39,8 +39,7 @@ def _hold(
     part_target,
     part_smooth,
     part_weight,  # (tiles,)
-    part_lead,  # (tiles, N)
-    part_top,
+    part_top,  # (tiles, N)
     N,
     V,
     D,
@@ -92,9 +91,7 @@ def _hold(
     tl.store(part_sum + part, tl.sum(e, 1), mask=kept)
     tl.store(part_target + part, at_target, mask=kept)
     if TOP:
-        lead, best = likeliest(z, tile * COLS)
-        tl.store(part_lead + part, lead, mask=kept)
-        tl.store(part_top + part, best, mask=kept)
+        tl.store(part_top + part, likeliest(z, highest, at), mask=kept)
     if SMOOTH:
         if class_weight is not None:
             w = tl.load(class_weight + c, mask=inside, other=0.0)
@@ -170,7 +167,7 @@ def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
     new = lambda *shape: torch.empty(*shape, dtype=head.dtype, device=p.hidden.device)  # noqa: E731
     parts: list[Tensor | None] = [new(tiles, head.n) for _ in range(3)]
     parts += [new(tiles, head.n), torch.zeros_like(new(tiles))] if p.smooth else [None, None]
-    parts += likeliest_parts(head, tiles)
+    parts.append(likeliest_part(head, tiles))
     launch(
         p.hidden.device,
         _hold,
@@ -184,8 +181,7 @@ def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
         part_target=parts[2],
         part_smooth=parts[3],
         part_weight=parts[4],
-        part_lead=parts[5],
-        part_top=parts[6],
+        part_top=parts[5],
         N=head.n,
         blocks=blocks,
         tiles=tiles,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .device import launch
 from .head import Head, cdiv
-from .join import Sums, join, likeliest_parts, nothing
+from .join import Sums, join, likeliest_part, nothing
 from .rows import Rows, select
 from .tile import add_tile, columns, product, swizzle, tma_product
 from .tma import pack, tma_args
@@ -34,8 +34,7 @@ def _sweep(
     part_target,
     part_smooth,  # (SPLITS, N) sum of w (z - max)
     part_weight,  # (SPLITS,) sum of w
-    part_lead,  # (SPLITS, N) as of `likeliest`
-    part_top,
+    part_top,  # (SPLITS, N)
     N,
     V,
     D,
@@ -76,7 +75,6 @@ def _sweep(
     at_target = tl.zeros((ROWS,), dtype=ACC)
     smooth = tl.zeros((ROWS,), dtype=ACC)
     weights = tl.zeros((1,), dtype=ACC)
-    lead = tl.full((ROWS,), float("-inf"), dtype=ACC)
     best = tl.zeros((ROWS,), dtype=tl.int32)
     for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, COLS))):
         c, inside, at = columns(tile, None, V, COLS, EVEN_COLS, False)
@@ -85,20 +83,20 @@ def _sweep(
             hidden_rows, weight_rows, D, stride_hd, stride_wd, ROWS, COLS, DEPTH, EVEN_DEPTH, ACC, OPERAND,
             PRECISION,
         )  # fmt: skip
-        highest, total, at_target, smooth, weights, lead, best = add_tile(
-            x, bias, class_weight, c, inside, at, target, highest, total, at_target, smooth, weights, lead, best,
-            tile * COLS, INNER, OUTER, CAPPED, SMOOTH, TOP, EVEN_COLS,
+        highest, total, at_target, smooth, weights, best = add_tile(
+            x, bias, class_weight, c, inside, at, target, highest, total, at_target, smooth, weights, best,
+            INNER, OUTER, CAPPED, SMOOTH, TOP, EVEN_COLS,
         )  # fmt: skip
     _store_parts(
-        part_max, part_sum, part_target, part_smooth, part_weight, part_lead, part_top, split, N, place, kept, highest,
-        total, at_target, smooth, weights, lead, best, SMOOTH, TOP,
+        part_max, part_sum, part_target, part_smooth, part_weight, part_top, split, N, place, kept, highest,
+        total, at_target, smooth, weights, best, SMOOTH, TOP,
     )  # fmt: skip
 
 
 @triton.jit
 def _store_parts(
-    part_max, part_sum, part_target, part_smooth, part_weight, part_lead, part_top, split, N, place, kept, highest,
-    total, at_target, smooth, weights, lead, best, SMOOTH: tl.constexpr, TOP: tl.constexpr,
+    part_max, part_sum, part_target, part_smooth, part_weight, part_top, split, N, place, kept, highest,
+    total, at_target, smooth, weights, best, SMOOTH: tl.constexpr, TOP: tl.constexpr,
 ):  # fmt: skip
     """The sums of the rows at `place` over one split of the vocabulary."""
     out = split * tl.full((), N, tl.int64) + place
@@ -110,7 +108,6 @@ def _store_parts(
         # Every row block writes the same number.
         tl.store(part_weight + split + tl.arange(0, 1), weights)
     if TOP:
-        tl.store(part_lead + out, lead, mask=kept)
         tl.store(part_top + out, best, mask=kept)
 
 
@@ -127,7 +124,6 @@ def _sweep_tma(
     part_target,
     part_smooth,
     part_weight,
-    part_lead,
     part_top,
     N,
     V,
@@ -167,18 +163,17 @@ def _sweep_tma(
             at_target = tl.zeros((ROWS,), dtype=ACC)
             smooth = tl.zeros((ROWS,), dtype=ACC)
             weights = tl.zeros((1,), dtype=ACC)
-            lead = tl.full((ROWS,), float("-inf"), dtype=ACC)
             best = tl.zeros((ROWS,), dtype=tl.int32)
             for tile in range(split * tiles, tl.minimum((split + 1) * tiles, tl.cdiv(V, COLS))):
                 c, inside, at = columns(tile, None, V, COLS, EVEN_COLS, False)
                 x = tma_product(a, b, block * ROWS, tile * COLS, D, ROWS, COLS, DEPTH, ACC, OPERAND, PRECISION)
-                highest, total, at_target, smooth, weights, lead, best = add_tile(
-                    x, bias, class_weight, c, inside, at, target, highest, total, at_target, smooth, weights, lead, best,
-                    tile * COLS, INNER, OUTER, CAPPED, SMOOTH, TOP, EVEN_COLS,
+                highest, total, at_target, smooth, weights, best = add_tile(
+                    x, bias, class_weight, c, inside, at, target, highest, total, at_target, smooth, weights, best,
+                    INNER, OUTER, CAPPED, SMOOTH, TOP, EVEN_COLS,
                 )  # fmt: skip
             _store_parts(
-                part_max, part_sum, part_target, part_smooth, part_weight, part_lead, part_top, split, N, place, kept,
-                highest, total, at_target, smooth, weights, lead, best, SMOOTH, TOP,
+                part_max, part_sum, part_target, part_smooth, part_weight, part_top, split, N, place, kept,
+                highest, total, at_target, smooth, weights, best, SMOOTH, TOP,
             )  # fmt: skip
 
 
@@ -214,7 +209,7 @@ def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
     parts.append(torch.empty(shape, dtype=head.dtype, device=device) if problem.smooth else None)
     # Zeros, as a count of 0 leaves them unwritten.
     parts.append(torch.zeros(splits, dtype=head.dtype, device=device) if problem.smooth else None)
-    parts += likeliest_parts(head, splits)
+    parts.append(likeliest_part(head, splits))
     blocks = cdiv(head.n, t.rows)
     shared = {
         "part_max": parts[0],
@@ -222,8 +217,7 @@ def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
         "part_target": parts[2],
         "part_smooth": parts[3],
         "part_weight": parts[4],
-        "part_lead": parts[5],
-        "part_top": parts[6],
+        "part_top": parts[5],
         "N": head.n,
         "blocks": blocks,
         "splits": splits,

@@ -137,10 +137,12 @@ def logits(x, bias, column, INNER: tl.constexpr, OUTER: tl.constexpr, CAPPED: tl
 
 
 @triton.jit
-def likeliest(z, first):
-    """The largest logit of each row of a tile (A, B), a NaN as infinity, and the first class that has it; (A,) each."""
-    top, at = tl.max(tl.where(z == z, z, float("inf")), 1, return_indices=True)
-    return top, at + first
+def likeliest(z, top, place):
+    """The first class (A,) with the largest logit `top` (A,) of each row of a tile (A, B); any class of a row with a NaN.
+
+    Not by a maximum with indices, which would take registers for a second tile.
+    """
+    return tl.min(tl.where(z < top[:, None], 2147483647, place[None, :]), 1)
 
 
 @triton.jit
@@ -157,9 +159,7 @@ def add_tile(
     at_target,
     smooth,
     weights,
-    lead,
     best,
-    first,
     INNER: tl.constexpr,
     OUTER: tl.constexpr,
     CAPPED: tl.constexpr,
@@ -170,17 +170,16 @@ def add_tile(
     """A row's sums so far (A,) with one more tile of products x (A, B): the online softmax of arXiv 2411.09009, 4.1.
 
     The sums are the largest logit, sum exp(z - max), the target's logit, for SMOOTH sum w (z - max) and sum w (1,), and for
-    TOP the largest logit and its class as of `likeliest`, which `first` is the first class of the tile for.
+    TOP the class of the largest logit.
     """
     z, _ = logits(x, bias, column[None, :], INNER, OUTER, CAPPED)
     at_target += tl.sum(tl.where(place[None, :] == target[:, None], z, 0.0), 1)
     if not EVEN_COLS:
         z = tl.where(inside[None, :], z, float("-inf"))
+    top = tl.max(z, 1)
     if TOP:
-        top, at = likeliest(z, first)
-        best = tl.where(top > lead, at, best)
-        lead = tl.maximum(top, lead)
-    now = tl.maximum(highest, tl.max(z, 1))
+        best = tl.where(top > highest, likeliest(z, top, place), best)
+    now = tl.maximum(highest, top)
     # Something finite to subtract while every logit so far is -inf.
     shift = tl.where(now == float("-inf"), 0.0, now)
     down = tl.where(highest == float("-inf"), 0.0, highest) - shift
@@ -197,7 +196,7 @@ def add_tile(
             weights += tl.sum(inside.to(x.dtype), 0)
     total *= tl.exp(tl.where(highest == float("-inf"), float("-inf"), down))
     total += tl.sum(tl.exp(below), 1)
-    return now, total, at_target, smooth, weights, lead, best
+    return now, total, at_target, smooth, weights, best
 
 
 @triton.jit

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which dimensions of a stretch's tensors are rows.
+"""Which dimensions of a region's tensors are rows.
 
 A dimension is a product of axes, (B, T) after two dimensions were flattened, and no axis at all where its size is 1. Axes of
 different tensors that an operation takes side by side are joined to one. An axis is a row axis where a head's rows are joined
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 
 
 class NotByRows(Exception):
-    """An operation of a stretch that is not known to treat each row by itself."""
+    """An operation of a region that is not known to treat each row by itself."""
 
 
 class RowsMixed(NotByRows):
-    """An operation of a stretch that makes a row depend on others."""
+    """An operation of a region that makes a row depend on others."""
 
 
 class OwnGradient(NotByRows):
-    """An operation of a stretch whose gradient is not what follows from its forward."""
+    """An operation of a region whose gradient is not what follows from its forward."""
 
 
 @dataclass(eq=False)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is found of a graph's stretches: their nodes, what leaves them, and why a head has none."""
+"""What is found of a graph's regions: their nodes, what leaves them, and why a head has none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .split import Split
 
 @dataclass(frozen=True)
 class Exit:
-    """A value that leaves a stretch: a node's, or what a node's reduction is made of."""
+    """A value that leaves a region: a node's, or what a node's reduction is made of."""
 
     node: Node
     value: Value
@@ -24,14 +24,14 @@ class Exit:
 
 
 @dataclass
-class Stretch:
+class Region:
     """The nodes of a graph that may be row programs."""
 
     heads: dict[Node | Turned, LogitsView] = field(default_factory=dict)
     inside: list[Node] = field(default_factory=list)
     pulled: list[Node] = field(default_factory=list)  # nodes beside it that it makes for itself, of less than logits
     exits: list[Exit] = field(default_factory=list)
-    refused: dict[Node, str] = field(default_factory=dict)  # why a node that reads a stretch is not in it
+    refused: dict[Node, str] = field(default_factory=dict)  # why a node that reads a region is not in it
     reasons: dict[Node, Reason] = field(default_factory=dict)  # of those for which a head was left out
 
 
@@ -39,7 +39,7 @@ REASONS = {RowsMixed: Reason.ROWS_MIXED, OwnGradient: Reason.OWN_GRADIENT}
 
 
 class Large(Exception):
-    """Heads whose logits something outside the stretch needs."""
+    """Heads whose logits something outside the region needs."""
 
     def __init__(self, heads: set[Node], node: Node, why: str) -> None:
         super().__init__(why)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recorder of aten operations on tensors whose dimensions are axes.
 
-A stretch's nodes are run on fake tensors of sizes that are numbers, and each aten operation below them is written down with
+A region's nodes are run on fake tensors of sizes that are numbers, and each aten operation below them is written down with
 the axes of its results by its rule in `operations.py`, or by what torch decomposes it to. What comes out is not yet a program:
-until the stretch ends, a dimension may still turn out to be rows.
+until the region ends, a dimension may still turn out to be rows.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Head:
 
 @dataclass(frozen=True, eq=False)
 class Leaf:
-    """A tensor of the graph, or a head's bias, that the stretch reads and does not make."""
+    """A tensor of the graph, or a head's bias, that the region reads and does not make."""
 
     node: Node | Operand
 
@@ -67,7 +67,7 @@ class Made:
 
 @dataclass(eq=False)
 class Value:
-    """A tensor of a stretch."""
+    """A tensor of a region."""
 
     dims: list[Dim]
     dtype: torch.dtype
@@ -173,7 +173,7 @@ class Recorder(TorchDispatchMode):
         return fake
 
     def value(self, fake: Tensor) -> Value:
-        """What is known of a tensor. Raises NotByRows for one that the stretch does not know, or that was changed."""
+        """What is known of a tensor. Raises NotByRows for one that the region does not know, or that was changed."""
         if id(fake) in self._changed:
             raise NotByRows(self._changed[id(fake)])
         if id(fake) not in self._values:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes that are symbols: numbers while a stretch is read, and references to inputs in the program that is made of it.
+"""Sizes that are symbols: numbers while a region is read, and references to inputs in the program that is made of it.
 
-A stretch is read twice, with other numbers in the place of the symbols. What differs between the two programs depends on a size
+A region is read twice, with other numbers in the place of the symbols. What differs between the two programs depends on a size
 that is not fixed, and is written as what it is of the size of one of the program's inputs; where it is nothing simple of any,
 there is no program.
 """

@@ -26,11 +26,11 @@ from ..trace import Trace
 from ..values import Decline, LogitsView, LossSite, Reason, Result, behind, example_size, source_line, value_of
 from .axes import NotByRows, RowsMixed, resolved, rows_in
 from .emit import Emitted, emit
-from .found import Exit, Stretch
+from .found import Exit, Region
 from .linear import make_gradients_in_forward
 from .record import Turned
+from .region import followed, region_of
 from .sizes import Numbers
-from .stretch import followed, stretch_of
 from .write import erase, write
 
 _log = logging.getLogger("cce_fx")
@@ -134,39 +134,39 @@ def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo, *, at_on
     """Write row programs for the heads of a graph whose logits are still used, in place; `at_once` one for all of them, or none."""
     heads = _heads(found, policy)
     numbers = Numbers(reading=0)
-    stretch = stretch_of(gm.graph, heads, found, numbers)
-    for node, why in stretch.refused.items():
+    region = region_of(gm.graph, heads, found, numbers)
+    for node, why in region.refused.items():
         _log.debug("not in a row program: %s, %s", node.name, why)
-    outcome = RowPrograms(refused=[Decline(why, n, stretch.refused[n]) for n, why in stretch.reasons.items()])
-    if not stretch.exits or (at_once and not _has_all(stretch, heads, found)):
+    outcome = RowPrograms(refused=[Decline(why, n, region.refused[n]) for n, why in region.reasons.items()])
+    if not region.exits or (at_once and not _has_all(region, heads, found)):
         return outcome
     try:
-        other = stretch_of(gm.graph, heads, found, Numbers(reading=1)) if numbers.given else None
+        other = region_of(gm.graph, heads, found, Numbers(reading=1)) if numbers.given else None
         undo.remember()
-        groups = write(gm, stretch, policy, other, at_once)
+        groups = write(gm, region, policy, other, at_once)
     except (NotByRows, WouldGuard) as refusal:
         _log.debug("no row program: %s", refusal)
         if isinstance(refusal, RowsMixed):
-            outcome.refused.append(Decline(Reason.ROWS_MIXED, stretch.exits[0].node, str(refusal)))
+            outcome.refused.append(Decline(Reason.ROWS_MIXED, region.exits[0].node, str(refusal)))
         return outcome
-    erase(gm, stretch)
+    erase(gm, region)
     for emitted, exits, call in groups:
-        dtype = stretch.heads[emitted.heads[0]].dtype
+        dtype = region.heads[emitted.heads[0]].dtype
         early = makes_grads_in_forward(policy.strategy, "mean", dtype)
         early = early and make_gradients_in_forward(gm, call)
-        used = {h: stretch.heads[h] for h in emitted.heads}
+        used = {h: region.heads[h] for h in emitted.heads}
         outcome.cuts.append(Cut(emitted, tuple(exits), used, early))
     gm.graph.lint()
     gm.recompile()
-    outcome.within = {*stretch.inside, *(e.node for e in stretch.exits)}
+    outcome.within = {*region.inside, *(e.node for e in region.exits)}
     return outcome
 
 
-def _has_all(stretch: Stretch, heads: dict[Node, LogitsView], found: Trace) -> bool:
-    """Whether all losses of some heads are in a stretch."""
-    within = {*stretch.inside, *(e.node for e in stretch.exits)}
+def _has_all(region: Region, heads: dict[Node, LogitsView], found: Trace) -> bool:
+    """Whether all losses of some heads are in a region."""
+    within = {*region.inside, *(e.node for e in region.exits)}
     losses = {c.anchor for c in found.candidates if c.view.linear in heads}
-    return heads.keys() <= stretch.heads.keys() and losses <= within
+    return heads.keys() <= region.heads.keys() and losses <= within
 
 
 def rows_of(gm: GraphModule, found: Trace, policy: Policy, node: Node) -> Literal["in order", "moved"] | None:

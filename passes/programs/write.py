@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrite: one operator call for the row programs of a stretch, and what is left of its reductions."""
+"""Rewrite: one operator call for the row programs of a region, and what is left of its reductions."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from ..trace import storage_of, switched_off
 from ..values import LogitsView, Operand, value_of
 from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
 from .emit import Emitted, RowInput, emit, kept
-from .found import Exit, Stretch
+from .found import Exit, Region
 from .record import Turned
 from .sizes import without_numbers
 
 
 def write(
-    gm: GraphModule, stretch: Stretch, policy: Policy, other: Stretch | None = None, at_once: bool = False
+    gm: GraphModule, region: Region, policy: Policy, other: Region | None = None, at_once: bool = False
 ) -> list[tuple[Emitted, list[Exit], Node]]:
-    """Write a stretch's programs into a graph, in place; the nodes of the stretch stay, with fewer users.
+    """Write a region's programs into a graph, in place; the nodes of the region stay, with fewer users.
 
-    Returns each program, what it returns, and the call of it. `other` is the stretch with other numbers in the place of sizes
+    Returns each program, what it returns, and the call of it. `other` is the region with other numbers in the place of sizes
     that are not fixed. `at_once` is for one program, or none.
 
     Raises NotByRows, with the graph as it was, where a program cannot be written.
     """
     order = _Order(gm.graph)
-    groups = _groups(stretch, order)
+    groups = _groups(region, order)
     if at_once and len(groups) > 1:
         raise NotByRows("several programs")
     if other is not None:
-        groups = [(_unfixed(emitted, exits, stretch, other), exits) for emitted, exits in groups]
+        groups = [(_unfixed(emitted, exits, region, other), exits) for emitted, exits in groups]
     done: list[tuple[Builder, list[tuple[Node, Node]], Node]] = []
     try:
         for emitted, exits in groups:
-            _check_memory(gm, stretch, emitted, exits, order)
-            done.append(_write_group(gm, stretch, emitted, exits, order.place_of(exits), policy))
+            _check_memory(gm, region, emitted, exits, order)
+            done.append(_write_group(gm, region, emitted, exits, order.place_of(exits), policy))
     except BaseException:
         for builder, replaced, _ in reversed(done):
             for old, new in replaced:
@@ -55,10 +55,10 @@ def write(
     return [(emitted, exits, call) for (emitted, exits), (_, _, call) in zip(groups, done, strict=True)]
 
 
-def _groups(stretch: Stretch, order: _Order) -> list[tuple[Emitted, list[Exit]]]:
+def _groups(region: Region, order: _Order) -> list[tuple[Emitted, list[Exit]]]:
     """The exits by the program that makes them: those with the same rows whose inputs are there before the first is read."""
     groups: list[tuple[Emitted, list[Exit]]] = []
-    for exit in sorted(stretch.exits, key=lambda e: order[e.first]):  # type: ignore[index]
+    for exit in sorted(region.exits, key=lambda e: order[e.first]):  # type: ignore[index]
         for number, (emitted, exits) in enumerate(groups):
             try:
                 joined = emit([*(e.value for e in exits), exit.value])
@@ -67,23 +67,23 @@ def _groups(stretch: Stretch, order: _Order) -> list[tuple[Emitted, list[Exit]]]
             together = [*exits, exit]
             if (
                 joined.rows == emitted.rows
-                and _latest(joined, together, stretch, order) < order[order.place_of(together)]
+                and _latest(joined, together, region, order) < order[order.place_of(together)]
             ):
                 groups[number] = (joined, together)
                 break
         else:
             groups.append((emit([exit.value]), [exit]))
     for emitted, exits in groups:
-        if _latest(emitted, exits, stretch, order) >= order[order.place_of(exits)]:
+        if _latest(emitted, exits, region, order) >= order[order.place_of(exits)]:
             raise NotByRows("a value that the program reads is made after what it makes is read")
     return groups
 
 
-def _unfixed(emitted: Emitted, exits: list[Exit], stretch: Stretch, other: Stretch) -> Emitted:
+def _unfixed(emitted: Emitted, exits: list[Exit], region: Region, other: Region) -> Emitted:
     """A program for any size that is not fixed. Raises NotByRows."""
-    if [e.node for e in stretch.exits] != [e.node for e in other.exits]:
+    if [e.node for e in region.exits] != [e.node for e in other.exits]:
         raise NotByRows("what is known of rows depends on a size that is not fixed")
-    same = [next(b for a, b in zip(stretch.exits, other.exits, strict=True) if a is exit) for exit in exits]
+    same = [next(b for a, b in zip(region.exits, other.exits, strict=True) if a is exit) for exit in exits]
     return without_numbers(emitted, emit([exit.value for exit in same]))
 
 
@@ -107,38 +107,38 @@ class _Order:
         return self._off.get(first, first) if any(e.value.grad for e in exits) else first
 
 
-def _read(emitted: Emitted, exits: list[Exit], stretch: Stretch) -> set[Node]:
+def _read(emitted: Emitted, exits: list[Exit], region: Region) -> set[Node]:
     """The graph's nodes that a program, and what is left of its reductions, read."""
     found: set[Node] = set()
     for given in (*(r.node for r in emitted.row_inputs), *emitted.shared):
         found |= set(given.nodes) if isinstance(given, Operand) else {given} if given is not None else set()
     for head in emitted.heads:
-        view = stretch.heads[head]
+        view = region.heads[head]
         found |= {n for operand in (view.hidden, view.weight) for n in operand.nodes}
     for split in (e.split for e in exits if e.split is not None):
         found |= {n for n in (split.target, split.weight) if isinstance(n, Node)}
     return found
 
 
-def _latest(emitted: Emitted, exits: list[Exit], stretch: Stretch, order: _Order) -> int:
-    return max(order[n] for n in _read(emitted, exits, stretch))
+def _latest(emitted: Emitted, exits: list[Exit], region: Region, order: _Order) -> int:
+    return max(order[n] for n in _read(emitted, exits, region))
 
 
-def _check_memory(gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: list[Exit], order: _Order) -> None:
-    """Raise where what a program reads is written to after the stretch first reads it, and before the program or the last does."""
-    inside = {*stretch.inside, *stretch.pulled, *(e.node for e in exits)}
+def _check_memory(gm: GraphModule, region: Region, emitted: Emitted, exits: list[Exit], order: _Order) -> None:
+    """Raise where what a program reads is written to after the region first reads it, and before the program or the last does."""
+    inside = {*region.inside, *region.pulled, *(e.node for e in exits)}
     heads: dict[Node, int] = {}
     for h in emitted.heads:
-        view = stretch.heads[h]
+        view = region.heads[h]
         for n in (n for operand in view.operands for n in operand.nodes):
             begun = order.get(view.linear, order[h.node if isinstance(h, Turned) else h])
             heads[n] = min(begun, heads.get(n, begun))
     made: dict[int | None, int] = {}
-    for n in _read(emitted, exits, stretch):
+    for n in _read(emitted, exits, region):
         read = [order[u] for u in n.users if u in inside] + ([heads[n]] if n in heads else [])
         first = min(read, default=order[n])
         made[storage_of(n)] = min(first, made.get(storage_of(n), first))
-    last = max(order[n] for n in (*stretch.inside, order.place_of(exits)))
+    last = max(order[n] for n in (*region.inside, order.place_of(exits)))
     for node in gm.graph.nodes:
         if node in inside or order.get(node, last) >= last:
             continue
@@ -148,18 +148,18 @@ def _check_memory(gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: li
 
 
 def _write_group(
-    gm: GraphModule, stretch: Stretch, emitted: Emitted, exits: list[Exit], place: Node, policy: Policy
+    gm: GraphModule, region: Region, emitted: Emitted, exits: list[Exit], place: Node, policy: Policy
 ) -> tuple[Builder, list[tuple[Node, Node]], Node]:
     builder = Builder(gm.graph, {})
     replaced: list[tuple[Node, Node]] = []
     try:
         with builder.before(place):
-            heads = [head_operands(builder, stretch.heads[h]) for h in emitted.heads]
-            shared = [_proxy(builder, s, stretch) for s in emitted.shared]
-            rows = _Rows(emitted, stretch.heads[emitted.heads[0]], builder, heads, shared)
+            heads = [head_operands(builder, region.heads[h]) for h in emitted.heads]
+            shared = [_proxy(builder, s, region) for s in emitted.shared]
+            rows = _Rows(emitted, region.heads[emitted.heads[0]], builder, heads, shared)
             inputs = [rows.input(given) for given in emitted.row_inputs]
             widths = [
-                size_of(stretch.heads[h].hidden_size, w, 1) for h, (_, w) in zip(emitted.heads, heads, strict=True)
+                size_of(region.heads[h].hidden_size, w, 1) for h, (_, w) in zip(emitted.heads, heads, strict=True)
             ]
             flat = [(h.reshape(-1, width), w) for (h, w), width in zip(heads, widths, strict=True)]
             flat = [hw if ("head", n) in emitted.flows else tuple(t.detach() for t in hw) for n, hw in enumerate(flat)]
@@ -190,17 +190,17 @@ def _write_group(
     except BaseException:
         builder.undo()
         raise
-    inside = {*stretch.inside, *stretch.pulled}
+    inside = {*region.inside, *region.pulled}
     for node, made in new:
         node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inside and user not in builder.written)
         replaced.append((node, made))
     return builder, replaced, out.node
 
 
-def _proxy(builder: Builder, given: Node | Operand, stretch: Stretch) -> Any:
+def _proxy(builder: Builder, given: Node | Operand, region: Region) -> Any:
     if isinstance(given, Node):
         return builder.proxy(given) if isinstance(value_of(given), Tensor) else _number(builder, given)
-    view = next(v for v in stretch.heads.values() if v.bias == given)
+    view = next(v for v in region.heads.values() if v.bias == given)
     return builder.operand(given, view.dtype)
 
 
@@ -308,11 +308,11 @@ class _Rows:
         return math.prod(self._size(a) for a in axes) if axes else 1
 
 
-def erase(gm: GraphModule, stretch: Stretch) -> None:
-    """Erase the nodes of a stretch that nothing reads any more, those that write to what nothing reads among them."""
+def erase(gm: GraphModule, region: Region) -> None:
+    """Erase the nodes of a region that nothing reads any more, those that write to what nothing reads among them."""
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    divided = [e.node for e in stretch.exits if e.split is not None]
-    nodes = {n for n in (*stretch.inside, *stretch.pulled, *divided) if n in order}
+    divided = [e.node for e in region.exits if e.split is not None]
+    nodes = {n for n in (*region.inside, *region.pulled, *divided) if n in order}
     for node in sorted(nodes, key=order.__getitem__, reverse=True):
         read = [n for n in mutated_arguments(node) for u in n.users if u is not node]
         if not node.users and not read:

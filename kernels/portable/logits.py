@@ -2,7 +2,7 @@
 """Logits of some rows and classes in torch operations, on any device.
 
 In come rows of hidden and the classes that are wanted; out goes their tile (R, C) of logits in the statistics' dtype, in
-memory that the caller holds. `portable/tiles.py` makes sums and gradients of tiles, `argmax.py` the likeliest classes.
+memory that the caller holds. `tiles.py` makes sums and gradients of tiles.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .combine import statistics_dtype
-from .spec import Problem
+from ..combine import statistics_dtype
+from ..spec import Problem
 
 SMALLEST_WORKSPACE, LARGEST_WORKSPACE = 1 << 20, 64 << 20
 

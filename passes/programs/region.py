@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where row programs begin and end in a graph.
 
-From the heads the graph is read forwards. A node that reads a value of the stretch is run by the recorder; where that refuses
-it, the node stays in the graph, and what it reads of the stretch has to come out: numbers per row may, logits may not.
+From the heads the graph is read forwards. A node that reads a value of the region is run by the recorder; where that refuses
+it, the node stays in the graph, and what it reads of the region has to come out: numbers per row may, logits may not.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from ..trace import Trace
 from ..values import Form, LogitsView, Reason, constant, value_of
 from .axes import Axis, Dim, NotByRows, OwnGradient, RowsMixed, fresh, rows_in
 from .emit import row_axes, row_shape
-from .found import REASONS, Exit, Large, Stretch
+from .found import REASONS, Exit, Large, Region
 from .numbers import ARITHMETIC, of_numbers, spelling
 from .operations import RULES, is_pointwise
 from .record import Head, Leaf, Recorder, Turned, Value
 from .split import Split, reduced, split_of
 
 
-def stretch_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any]) -> Stretch:
-    """The stretch that begins at some heads. Those whose logits are needed for something else are left out.
+def region_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any]) -> Region:
+    """The region that begins at some heads. Those whose logits are needed for something else are left out.
 
     Args:
         graph: with example values.
@@ -42,15 +42,15 @@ def stretch_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes:
         sizes: a number for a size that is a symbol.
     """
     with fakes.quiet():
-        best = _stretch_of(graph, heads, found, sizes, pulls=True)
+        best = _region_of(graph, heads, found, sizes, pulls=True)
         if any(node not in best.heads for node in heads):
             # What is made for each row anew may be what does not fit.
-            other = _stretch_of(graph, heads, found, sizes, pulls=False)
+            other = _region_of(graph, heads, found, sizes, pulls=False)
             best = max(best, other, key=lambda s: sum(node in s.heads for node in heads))
         return best
 
 
-def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> Stretch:
+def _region_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> Region:
     left, refused, reasons = dict(heads), {}, {}
     while left:
         reader = _Reader(graph, left, trace, sizes, pulls)
@@ -66,13 +66,13 @@ def _stretch_of(graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], A
             continue
         found.refused, found.reasons = refused | found.refused, reasons
         return found
-    return Stretch(refused=refused, reasons=reasons)
+    return Region(refused=refused, reasons=reasons)
 
 
 def followed(
     graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any], node: Node
 ) -> Value | None:
-    """A node's value in the stretch that begins at some heads, whatever reads it; None where it is not in it."""
+    """A node's value in the region that begins at some heads, whatever reads it; None where it is not in it."""
     return _Reader(graph, heads, found, sizes, pulls=False).reached(node)
 
 
@@ -89,7 +89,7 @@ class _Reader:
         self._other_way: dict[Node, Any] = {}  # the same, with products turned
         self._writes = False  # whether a node writes to memory
         self._from: dict[Node, set[Node]] = {}  # the heads, as the caller named them, that a node's value is made of
-        self._found = Stretch()
+        self._found = Region()
         self.reasons: dict[Node, Reason] = {}  # of nodes that are refused for one that a user can do something about
         self._splits: dict[Node, tuple[Split, Tensor]] = {}
         self._casts = any(getattr(n.target, "__name__", "") == "_enter_autocast" for n in graph.nodes) or (
@@ -110,7 +110,7 @@ class _Reader:
             elif any(n in self._inside for n in node.all_input_nodes):
                 self._step(node)
 
-    def read(self) -> Stretch:
+    def read(self) -> Region:
         self._follow()
         self._find_exits()
         self._found.inside = list(self._inside)
@@ -119,7 +119,7 @@ class _Reader:
     # --- heads and values of the graph
 
     def _begin(self, node: Node, view: LogitsView, heads: set[Node]) -> None:
-        """The logits of a view, from the bare product on, as the value of a node of the stretch."""
+        """The logits of a view, from the bare product on, as the value of a node of the region."""
         self._inside[node] = self._logits(node, view, node)
         self._from[node] = heads
 
@@ -145,7 +145,7 @@ class _Reader:
         return self._recorder.run(logits, (product,), {})
 
     def _turned(self, node: Node) -> Any:
-        """The value of a node of the stretch with the rows of its product as classes, and its classes as rows.
+        """The value of a node of the region with the rows of its product as classes, and its classes as rows.
 
         Raises NotByRows where a product on the way cannot be turned, or what is made of it mixes those rows.
         """
@@ -188,7 +188,7 @@ class _Reader:
         return self._numbers[node]
 
     def _pulled(self, node: Node) -> bool:
-        """Whether a tensor of the size of logits that the graph makes of less is made within the stretch, row by row."""
+        """Whether a tensor of the size of logits that the graph makes of less is made within the region, row by row."""
         value = value_of(node)
         places = canonical(node) == "arange"  # whose numbers may be those of the rows
         if (
@@ -329,7 +329,7 @@ class _Reader:
         return True
 
     def _divided(self, node: Node) -> bool:
-        """A reduction over rows and classes at once, whose first half is within the stretch."""
+        """A reduction over rows and classes at once, whose first half is within the region."""
         if not any(self._is_large(n) for n in node.all_input_nodes):
             return False
         split = split_of(node, value_of)
