@@ -82,7 +82,8 @@ def calls(backend: str, logits: bool) -> dict[str, Callable[[], object]]:
 def _empty_stats(p: Problem) -> Stats:
     rows = (p.hidden.new_empty(p.hidden.shape[0], dtype=statistics_dtype(p.hidden.dtype)) for _ in range(4))
     nll, lse, highest, sumexp = rows
-    return Stats(nll, lse, nll.new_empty(0), highest, sumexp)
+    top = torch.empty_like(p.target) if p.top else None
+    return Stats(nll, lse, nll.new_empty(0), highest, sumexp, top)
 
 
 def _empty_grads(p: Problem, grads: RowGrads, needs: Needs) -> tuple[Stats, Grads]:

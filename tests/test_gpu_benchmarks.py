@@ -180,7 +180,7 @@ def test_shapes_are_screened_on_paper_then_timed(tmp_path: Path, monkeypatch: py
         pytest.skip("there is no compiler here")
     from benchmarks import screen
 
-    good, spilling = Tile(128, 128, 64, 8, 3), Tile(256, 256, 64, 4, 3)
+    good, spilling = Tile(128, 128, 64, 8, 3), Tile(128, 256, 64, 4, 2)
     monkeypatch.setattr(screen, "grid", lambda use, arch: [spilling, good])
     path = tmp_path / "sm_90.json"
     for _ in range(2):  # the second run has nothing left to do

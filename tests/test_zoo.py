@@ -18,7 +18,7 @@ FEW = [
 ]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("which", FEW)
 def test_an_architecture_holds(which: str) -> None:
     row = zoo.examined_apart(which, "cce", 300)

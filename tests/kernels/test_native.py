@@ -140,7 +140,7 @@ def test_every_step_with_every_option(shape: str, options: str) -> None:
     check(p, row_grads(p, all_three=p.smooth), ALL, native)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(12)
 @needs_code
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "this"])
 @pytest.mark.parametrize("shape", ["one block", "stored in the gradient, and made again", "wide"])
@@ -163,7 +163,7 @@ def test_half_precision(shape: str, options: str, dtype: torch.dtype) -> None:
 
 @needs_code
 # CCE_FX_PROBLEMS draws more: under a sanitizer 2,000 (`nox -s sanitized`).
-@settings(max_examples=int(os.environ.get("CCE_FX_PROBLEMS", "30")), deadline=None)
+@settings(max_examples=int(os.environ.get("CCE_FX_PROBLEMS", "20")), deadline=None)
 @given(problems(), st.sampled_from(list(VARIANTS)), st.sampled_from([1, 2, 3, 7]))
 def test_drawn_problems_on_any_number_of_threads(
     drawn: tuple[Problem, RowGrads, Needs], variant: str, count: int
@@ -281,7 +281,7 @@ def test_what_is_not_finite_is_as_in_torch_operations(where: str, value: float) 
             torch.testing.assert_close(x, y, equal_nan=True)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(6)
 @needs_code
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", ["in rows", "in columns"])
@@ -440,6 +440,7 @@ def test_every_file_of_the_code_is_compiled() -> None:
     assert {p.name for p in folder.iterdir() if p.suffix in (".h", ".cpp")} == {*FILES}
 
 
+@pytest.mark.sample(3)  # a compilation each
 @needs_code
 @pytest.mark.parametrize("storage", STORAGE.values())
 def test_every_step_is_right_without_python(storage: int, tmp_path: Path) -> None:
