@@ -60,6 +60,8 @@ FORMS = [
     Form("loss", "LogSoftmax, NLLLoss", _FLAT + "return nn.NLLLoss()(nn.LogSoftmax(dim=-1)(z), y)"),
     Form("loss", "softmax, log, nll_loss", _FLAT + "return F.nll_loss(z.softmax(-1).log(), y)"),
     Form("loss", "cross_entropy of log-probabilities", _FLAT + "return F.cross_entropy(z.log_softmax(-1), y)"),
+    Form("loss", "an accuracy beside it", _FLAT + "right = (z.argmax(-1) == y).float().mean()\nreturn F.cross_entropy(z, y) * right"),
+    Form("loss", "the mean logit beside it", _FLAT + "return F.cross_entropy(z, y) * z.detach().mean()"),
     Form("loss", "log_softmax, gather", "z = F.linear(h, W)\nreturn -z.log_softmax(-1).gather(-1, y.unsqueeze(-1)).mean()"),
     Form("loss", "log_softmax, take_along_dim",
          _FLAT + "return -torch.take_along_dim(z.log_softmax(-1), y[:, None], 1).squeeze(1).sum()"),
