@@ -293,7 +293,7 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
 
         for output in cut.lazy:
             hidden, *inputs = given(output.sources)
-            top = given((output.top,))[0].view(hidden.shape[:-1]) if output.top else None
+            top = None if output.top is None else found[output.top.index]
             chain = HeadChain(
                 hidden, tuple(inputs), output.chain, output.autocast, cut.outlive_steps, output.rowwise, top
             )

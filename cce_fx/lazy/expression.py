@@ -351,7 +351,7 @@ def known_top(state: State) -> Tensor | None:
             moves.append(s)
         elif s.op.name not in _IN_ORDER:
             return None
-    return _moved(root.chain.top[..., None], moves)[..., 0]
+    return _moved(root.chain.top.view(*root.chain.hidden.shape[:-1], 1), moves)[..., 0]
 
 
 # Calculations that leave the classes of a row in their order.

@@ -46,7 +46,7 @@ class HeadChain:
         autocast: the dtype to which autocast casts in the program where `run` is from; None where it is off.
         outlives_steps: whether copies of the weights are taken before an optimizer's step changes them.
         rowwise: whether each row of hidden (..., D) gives its row of the logits (..., V), whatever rows there are.
-        top: (...) int64, the likeliest class of each row, which a loss's kernel came by; -1 for rows that it left out.
+        top: (N,) int64, the likeliest class of each row, which a loss's kernel came by; -1 for rows that it left out.
     """
 
     hidden: Tensor
