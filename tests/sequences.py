@@ -172,7 +172,8 @@ class Model(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head(self.body(x).tanh())
-        return F.cross_entropy(logits.view(-1, V), y.view(-1)), logits
+        following = F.pad(y, (0, 1), value=-100)[..., 1:]  # the last row of each sequence is ignored
+        return F.cross_entropy(logits.view(-1, V), following.reshape(-1)), logits
 
 
 @dataclass

@@ -179,6 +179,7 @@ BLOCKS = {
     "mean logit of the best": lambda z: z.topk(3).values.mean(-1),
     "norm of rows": lambda z: torch.linalg.vector_norm(z, dim=-1),
     "sum of rows of a calculation": lambda z: (z * z.tanh())[torch.arange(21).view(3, 7) % 2 == 0].sum(),
+    "a number and one": lambda z: z.select(0, 0).select(0, 0).select(0, 0) + 1,
     "mean of all": lambda z: z.mean(),
     "soft embedding": lambda z: z.softmax(-1) @ torch.linspace(-1, 1, V * 3, device=z.device).view(V, 3),
 }

@@ -183,7 +183,7 @@ def rows_of(gm: GraphModule, found: Trace, policy: Policy, node: Node) -> Litera
     except NotByRows:
         return None
     dims = [resolved(dim) for dim in value.dims]
-    return "in order" if tuple(dims[:-1]) == rows and not rows_in(dims[-1]) else "moved"
+    return "in order" if dims and tuple(dims[:-1]) == rows and not rows_in(dims[-1]) else "moved"
 
 
 # Logits below this many bytes are left to the inner backend, which fuses them: blocks of a few rows cost more than they save.
