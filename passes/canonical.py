@@ -125,6 +125,10 @@ def arguments(node: Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return tuple(inside.get("args_as_value", ())), dict(inside.get("kwargs_as_value", {}))
 
 
+# What `torch.export` writes beside a cast: a check of what the graph's own values tell already.
+CHECKS = ("_assert_tensor_metadata",)
+
+
 def mutated_arguments(node: Node) -> list[Node]:
     """The nodes whose tensors this node writes to."""
     if node.op not in ("call_function", "call_method"):

@@ -24,6 +24,7 @@ from ..functional import (
     top_class,
 )
 from ..kernels.spec import Needs
+from .canonical import CHECKS, canonical
 from .fakes import WouldGuard, propagate
 from .policy import Policy
 from .sharded import has_sharded_head, write_loss
@@ -273,10 +274,15 @@ def _as_anchor(out: Any, candidate: Candidate, shaped: Any) -> Any:
 
 
 def erase_unused(graph: Graph, nodes: list[Node]) -> None:
-    """Erase those of `nodes`, users before what they use, that nothing reads; nor a part of one that is never used."""
+    """Erase those of `nodes`, users before what they use, that nothing reads.
+
+    A part of one that is never used is no reader, nor is what `torch.export` checks of a dtype, if there is no other.
+    """
     for node in nodes:
-        for part in [u for u in node.users if u.target is operator.getitem and not u.users]:
-            graph.erase_node(part)
+        parts = [u for u in node.users if u.target is operator.getitem and not u.users]
+        checks = [u for u in node.users if canonical(u) in CHECKS]
+        for idle in [*parts, *(checks if len(parts) + len(checks) == len(node.users) else ())]:
+            graph.erase_node(idle)
         if not node.users and not getattr(node, "_erased", False):
             graph.erase_node(node)
 

@@ -189,3 +189,31 @@ def test_caches_on_disk_know_the_version_of_the_operators(monkeypatch: pytest.Mo
         assert hits("first") == (0, 1)
         assert hits("first") == (1, 0)
         assert hits("second") == (0, 1)
+
+
+class Scored(torch.nn.Module):
+    """Logits in float32, as `torch.export` writes the cast with a check beside it."""
+
+    def __init__(self, entropy: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.entropy = torch.nn.Linear(8, 500), entropy
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = self.head(x).float()
+        if not self.entropy:
+            return F.cross_entropy(z.view(-1, 500), y.view(-1)), z.argmax(-1)
+        p = z.log_softmax(-1)
+        return (p.exp() * p).sum(-1).mean(), z.topk(3).indices
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_an_exported_loss_of_cast_logits_leaves_no_logits(entropy: bool) -> None:
+    model, x, y = Scored(entropy).bfloat16().eval(), torch.randn(2, 30, 8).bfloat16(), torch.randint(500, (2, 30))
+    module = torch.export.export(model, (x, y)).module()
+    expected = module(x, y)
+    cut, report = cce_fx.rewrite(module, None, Policy(min_vocab=0))  # type: ignore[arg-type]
+    assert [(r.tier, r.logits) for r in report.rewritten] == [("rows" if entropy else "kernel", "unused")]
+    loss, best = cut(x, y)
+    torch.testing.assert_close(loss, expected[0], rtol=1e-3, atol=1e-3)
+    assert (best == expected[1]).float().mean() > 0.8  # equal but for a rounding

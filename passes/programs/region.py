@@ -18,7 +18,7 @@ from torch.fx import Graph, Node
 from ..._torch import HigherOrderOperator, tree_leaves, tree_map
 from .. import fakes
 from ..autocast import autocast_at, under
-from ..canonical import canonical, mutated_arguments
+from ..canonical import CHECKS, canonical, mutated_arguments
 from ..decide import row_count
 from ..rewriter import after_product
 from ..trace import Trace
@@ -108,7 +108,10 @@ class _Reader:
             if node in self._heads:
                 self._begin(node, self._heads[node], {node})
             elif any(n in self._inside for n in node.all_input_nodes):
-                self._step(node)
+                if canonical(node) in CHECKS:
+                    self._inside[node] = None
+                else:
+                    self._step(node)
 
     def read(self) -> Region:
         self._follow()
