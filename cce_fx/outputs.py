@@ -7,7 +7,6 @@ in the logits' place, and whatever else the chain needs and the graph computes.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,15 +14,13 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from .functional import LIKELIEST, tells_likeliest
 from .lazy import HeadChain, LazyLogits
 from .lazy.tensor import are_large
 from .options import Options
 from .passes.autocast import autocast_at
-from .passes.beside import of_the_same_rows, with_the_same_order
+from .passes.beside import kernels_of_losses, of_the_same_rows, tell_likeliest, with_the_same_order
 from .passes.canonical import canonical
 from .passes.decide import illegal_head
-from .passes.fakes import propagate
 from .passes.faults import Undo
 from .passes.policy import Policy
 from .passes.registry import BEGINNERS
@@ -191,20 +188,10 @@ def _layout(node: Node, view: LogitsView) -> tuple[bool, int, torch.dtype]:
 
 
 def _likeliest(gm: GraphModule, view: LogitsView, results: list[Any]) -> Source | None:
-    """The likeliest class of each row of some logits, put at the end of `results`, where the kernel of a loss of theirs can tell it.
-
-    On a CPU, where telling it takes less than can be measured.
-    """
-    for node in gm.graph.nodes:
-        loss = node.meta.get("cce_fx_loss")
-        if loss is None or value_of(view.linear).device.type != "cpu":
-            continue
+    """The likeliest class of each row of some logits, put at the end of `results`, where the kernel of a loss of theirs tells it."""
+    for node, loss in kernels_of_losses(gm):
         if of_the_same_rows(view, loss.view) and with_the_same_order(view.epilogue, loss.loss.epilogue):
-            node.args = tells_likeliest(node.args)
-            with gm.graph.inserting_after(node):
-                top = gm.graph.call_function(operator.getitem, (node, LIKELIEST[node.target]))
-            propagate(gm, [node, top], grad=value_of(loss.anchor).requires_grad)
-            results.append(top)
+            results.append(tell_likeliest(gm, node))
             return Source("output", len(results) - 1)
     return None
 

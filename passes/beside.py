@@ -7,14 +7,17 @@ In comes a site and what `trace` has found; out goes the site with its readings,
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection
 from dataclasses import replace
 
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
+from ..functional import LIKELIEST, tells_likeliest
 from ..kernels.spec import Epilogue
 from .canonical import mutated_arguments
+from .fakes import propagate
 from .sharded import has_sharded_head
 from .trace import Trace, storage_of, switched_off
 from .values import Candidate, LogitsView, LossSite, Operand, Result, value_of
@@ -55,6 +58,24 @@ def _is_of(reading: Candidate, loss: Candidate) -> bool:
     return mine == its and not (reading.result is Result.MEAN and weighted)
 
 
+def kernels_of_losses(gm: GraphModule) -> list[tuple[Node, Candidate]]:
+    """The operators that were written for losses and can tell the likeliest class of each row at no cost, with the losses.
+
+    Those on a CPU, where it takes less than can be measured; on a GPU nobody has measured it.
+    """
+    found = [(node, node.meta["cce_fx_loss"]) for node in gm.graph.nodes if "cce_fx_loss" in node.meta]
+    return [(node, loss) for node, loss in found if value_of(loss.view.linear).device.type == "cpu"]
+
+
+def tell_likeliest(gm: GraphModule, node: Node) -> Node:
+    """The likeliest class of each row, -1 where its target is ignored, of one of these operators."""
+    node.args = tells_likeliest(node.args)
+    with gm.graph.inserting_after(node):
+        top = gm.graph.call_function(operator.getitem, (node, LIKELIEST[node.target]))
+    propagate(gm, [node, top], grad=value_of(node.meta["cce_fx_loss"].anchor).requires_grad)
+    return top
+
+
 def of_the_same_rows(one: LogitsView, other: LogitsView) -> bool:
     """Whether two views are of one product, with the same rows in the same order, but for their epilogues."""
     if one.linear is not other.linear or one.dtype != other.dtype or one.classes != other.classes:
@@ -66,7 +87,7 @@ def of_the_same_rows(one: LogitsView, other: LogitsView) -> bool:
 
 def with_the_same_order(one: Epilogue, other: Epilogue) -> bool:
     """Whether two epilogues of a product put its classes into the same order."""
-    return one == other or all(e.scale * e.post_scale > 0 for e in (one, other))
+    return one.scale * one.post_scale * other.scale * other.post_scale > 0
 
 
 def _plain(operand: Operand | None) -> Operand | None:

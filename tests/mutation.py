@@ -336,7 +336,7 @@ FAULTS = [
     Fault(
         "what is read beside a loss may be of other logits",
         "passes/beside.py",
-        "all(e.scale * e.post_scale > 0 for e in (one, other))",
+        "one.scale * one.post_scale * other.scale * other.post_scale > 0",
         "True",
     ),
     Fault(

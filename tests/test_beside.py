@@ -243,3 +243,43 @@ def test_changed_lazy_logits_have_other_likeliest_classes() -> None:
     assert torch.equal((-z).argmax(-1), want.argmin(-1)) and torch.equal(z.argmax(0), want.argmax(0))
     z.detach().neg_()
     assert torch.equal(z.argmax(-1), want.argmin(-1))
+
+
+class Logits(nn.Module):
+    def __init__(self, sign: float) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.sign = nn.Linear(D, 9000, bias=False), sign
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x) * self.sign
+
+
+_TWICE = torch.tensor([2, 2])
+# A loss outside of the graph, and of how many of the 88 rows it tells the likeliest class.
+OUTSIDE: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {
+    "all": (lambda z, y: F.cross_entropy(z.view(-1, z.size(-1)), y.flatten()), 85),
+    "of the next": (lambda z, y: F.cross_entropy(z[:, :-1].float().flatten(0, 1), y[:, 1:].flatten()), 77),
+    "one loss a row": (lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten(), reduction="none").sum(), 85),
+    "of one sequence, twice": (lambda z, y: F.cross_entropy(z[_TWICE].flatten(0, 1), y[_TWICE].flatten()), 8),
+    "of capped logits": (lambda z, y: F.cross_entropy((9 * torch.tanh(z / 9)).flatten(0, 1), y.flatten()), 85),
+    "negated": (lambda z, y: F.cross_entropy(-z.flatten(0, 1), y.flatten()), 0),
+    "beside another": (lambda z, y: F.cross_entropy(z.flatten(0, 1), y.flatten()) + z.square().mean(), 85),
+}
+
+
+@pytest.mark.parametrize("how", OUTSIDE)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_loss_outside_of_the_graph_tells_it_too(how: str, sign: float) -> None:
+    model, x, y = Logits(sign), torch.randn(8, 11, D), torch.randint(9000, (8, 11))
+    y[2, 3:6] = -100
+    loss, told = OUTSIDE[how]
+    for rows in (8, 5):
+        z, plain = torch.compile(model, backend="cce")(x[:rows]), model(x[:rows])
+        torch.testing.assert_close(loss(z, y[:rows]), loss(plain, y[:rows]))
+        assert isinstance(z, cce_fx.LazyLogits) and z.chain is not None
+        known = 0 if z.chain.top is None else int((z.chain.top >= 0).sum())
+        assert known == told or rows == 5
+        for read in READ_LATER.values():
+            assert torch.equal(read(z), read(plain))
+        assert z.chain is not None

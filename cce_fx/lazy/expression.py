@@ -81,6 +81,7 @@ class Expression:
         sizes: sizes of rows, which a kind of expressions leaves open.
         fixed: sizes of classes and hidden states, which are no sizes of rows.
         grad: whether gradients are kept.
+        moves: of a single chain, the states from its root on that move its rows, and the step that makes it.
         key: equal for expressions of a kind.
     """
 
@@ -92,6 +93,7 @@ class Expression:
         self.chains: list[HeadChain] = []
         self.sizes: list[int] = []
         self.fixed: set[int] = {0, 1}
+        self.moves: tuple[list[State], int] | None = None
         self._inputs: dict[Any, int] = {}
         self._made: dict[Any, Ref] = {}
         self._kept: list[Any] = []  # an id is an object's only while it lives
@@ -153,7 +155,7 @@ class Expression:
         return self._made[key]
 
     def _written(self, state: State, chosen: _Chosen | None) -> Ref:
-        states = _line(state)
+        states = line_of(state)
         if states[0].op is None:
             return self._rows(states, chosen)
         op, base = state.op, state.base
@@ -210,11 +212,13 @@ class Expression:
         if key not in self._inputs:
             with torch.set_grad_enabled(attached):
                 hidden = hidden if attached else hidden.detach()
-                hidden = _moved(hidden, moved)
+                hidden = moved_rows(hidden, moved)
                 hidden = hidden if chosen is None else _chosen_of(hidden, chosen)
         given = self._input(hidden, key)
         for size in self.values[given.index].shape[:-1]:
             self._see(size)
+        alone = not self.chains and chosen is None and chain.rowwise
+        self.moves = ([states[0], *moved], len(self.steps)) if alone else None
         self.chains.append(chain)
         inputs = [
             self._input(x if attached else x.detach(), ("input", id(x), attached))
@@ -257,7 +261,7 @@ def _states(tree: Any) -> list[State]:
     return [x for x in tree_iter(tree) if isinstance(x, State)]
 
 
-def _line(state: State) -> list[State]:
+def line_of(state: State) -> list[State]:
     """The states from a root to this one, if nothing but moves and calculations on single rows are between; or this one."""
     found = [state]
     while found[-1].op is not None:
@@ -277,7 +281,7 @@ def _mover(state: State) -> Callable[[Tensor], Tensor] | None:
     return mover(state.op, state.base.like.shape, state.like.shape)
 
 
-def _moved(hidden: Tensor, states: list[State]) -> Tensor:
+def moved_rows(hidden: Tensor, states: list[State]) -> Tensor:
     """The rows of hidden after the moves by which these states are made."""
     for state in states:
         move = _mover(state)
@@ -334,40 +338,21 @@ def mover(op: Op, before: Sequence[int], after: Sequence[int]) -> Callable[[Tens
 
 def is_moved(state: State) -> bool:
     """Whether a tensor is rows of logits that `read_rows` gives."""
-    states = _line(state)
+    states = line_of(state)
     chain = states[0].chain
     return chain is not None and chain.rowwise and len(states) > 1 and len({s.grad for s in states}) == 1
 
 
-def known_top(state: State) -> Tensor | None:
-    """The likeliest class of each row of a tensor that is some rows of logits, -1 where it is not known; or None."""
-    root, *rest = _line(state)
-    if root.chain is None or root.chain.top is None:
-        return None
-    moves = []
-    for s in rest:
-        assert s.op is not None
-        if not is_calculation(s.op, s):
-            moves.append(s)
-        elif s.op.name not in _IN_ORDER:
-            return None
-    return _moved(root.chain.top.view(*root.chain.hidden.shape[:-1], 1), moves)[..., 0]
-
-
-# Calculations that leave the classes of a row in their order.
-_IN_ORDER = {*CASTS, "contiguous", *_ALONG_CLASSES}
-
-
 def read_rows(state: State) -> Tensor:
     """The values of a tensor that is some rows of unread logits, without the other rows."""
-    root, *rest = _line(state)
+    root, *rest = line_of(state)
     root.check_fresh()
     chain = root.chain
     assert chain is not None
     grad = state.grad and not any(s.op is not None and s.op.detaches for s in rest)
     with torch.inference_mode(False), torch.set_grad_enabled(grad):
         calculations = [s for s in rest if s.op is not None and is_calculation(s.op, s)]
-        value = chain.logits(_moved(chain.hidden, [s for s in rest if s not in calculations]))
+        value = chain.logits(moved_rows(chain.hidden, [s for s in rest if s not in calculations]))
         for op in (s.op for s in calculations if s.op is not None):
             args, kwargs = _on_rows(op)
             with under(op.device, op.autocast):

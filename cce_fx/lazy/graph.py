@@ -21,16 +21,19 @@ from torch.fx import Graph, GraphModule, Node
 from .._torch import FakeTensorMode, enter_autocast, exit_autocast, tree_map
 from ..passes import fakes
 from ..passes.autocast import under, written_under
+from ..passes.beside import kernels_of_losses, of_the_same_rows, tell_likeliest, with_the_same_order
 from ..passes.faults import Fault, Undo, failed, stage
 from ..passes.pipeline import apply
 from ..passes.programs.sizes import primes
 from ..passes.programs.tier import rows_of
 from ..passes.trace import trace
-from ..passes.values import behind, output_of, value_of
+from ..passes.values import Form, LogitsView, behind, output_of, value_of
 from .expression import Expression, Input, Ref, Size, Step
+from .likeliest import remember
 
 _CACHE_SIZE = 512
 _MOST_SIZES = 3  # lengths at which an expression that depends on its length is examined without success
+_TELLS = "cce_fx_likeliest"  # of a graph whose last result is the likeliest class of each row of the logits
 _FIRST = (1009, 2003)  # sizes of rows are primes from these on
 
 
@@ -70,8 +73,8 @@ def row_by_row(expression: Expression) -> tuple[torch.dtype, bool] | None:
     """Where the last step treats each row of the logits by itself, so that it may wait: the dtype of what it returns, and whether
     that has the logits' rows in order and one more dimension."""
 
-    def examine(gm: GraphModule, node: Node) -> tuple[torch.dtype, bool] | None:
-        policy = replace(expression.chains[0].policy, min_vocab=0)
+    def examine(writer: _Writer, node: Node) -> tuple[torch.dtype, bool] | None:
+        policy, gm = replace(expression.chains[0].policy, min_vocab=0), writer.gm
         rows = rows_of(gm, trace(gm.graph), policy, node) if policy.tiers == "all" else None
         return None if rows is None else (value_of(node).dtype, rows == "in order")
 
@@ -97,7 +100,11 @@ def run_without_logits(expression: Expression, small: bool) -> Any:
     if not isinstance(graph, GraphModule):
         return NotImplemented
     with torch.set_grad_enabled(expression.grad), torch.autocast(expression.device.type, enabled=False):
-        return graph(*expression.values)
+        found = graph(*expression.values)
+    if _TELLS in graph.meta:
+        *found, top = found
+        remember(expression, top)
+    return tuple(found)
 
 
 def _cut_for_any_size(expression: Expression, small: bool) -> GraphModule | bool | None:
@@ -115,15 +122,30 @@ def _cut(expression: Expression, small: bool, first: int | None) -> GraphModule 
     # A compiled row program would let the program wait for the compiler, for a number that it may ask for once.
     policy = replace(policy, min_vocab=0, tiers="kernel" if small else policy.tiers, compiled=False)
 
-    def examine(gm: GraphModule, node: Node) -> GraphModule | None:
+    def examine(writer: _Writer, node: Node) -> GraphModule | None:
+        gm = writer.gm
         report, found = apply(gm, policy, Undo(gm))
-        return None if not report.rewritten or behind(output_of(gm.graph)) & found.heads.keys() else gm
+        if not report.rewritten or behind(output_of(gm.graph)) & found.heads.keys():
+            return None
+        if expression.moves is not None:
+            _tell(gm, found.views.get(writer.made[expression.moves[1]]))
+        return gm
 
     found: GraphModule | bool | None = _examined(expression, first, examine)
     return found
 
 
-def _examined(expression: Expression, first: int | None, examine: Callable[[GraphModule, Node], Any]) -> Any:
+def _tell(gm: GraphModule, logits: LogitsView | None) -> None:
+    """Have a graph tell the likeliest class of each row of logits as its last result, if a kernel in it can."""
+    for node, loss in kernels_of_losses(gm) if logits is not None and logits.form is Form.LOGITS else ():
+        if of_the_same_rows(logits, loss.view) and with_the_same_order(logits.epilogue, loss.loss.epilogue):
+            output = output_of(gm.graph)
+            output.args = ((*output.args[0], tell_likeliest(gm, node)),)
+            gm.meta[_TELLS] = True
+            return gm.recompile()
+
+
+def _examined(expression: Expression, first: int | None, examine: Callable[[_Writer, Node], Any]) -> Any:
     """What `examine` makes of an expression's graph and its last node; None where it cannot be written, False where it fails.
 
     The sizes of rows are primes from `first` on, and the expression's own where that is None.
@@ -137,7 +159,7 @@ def _examined(expression: Expression, first: int | None, examine: Callable[[Grap
             return None
         try:
             with stage("lazy logits", node):
-                found = examine(writer.gm, node)
+                found = examine(writer, node)
                 writer.finish()
                 return found
         except Fault as fault:
@@ -155,7 +177,7 @@ class _Writer:
         self._sizes: dict[int, int] = {}  # what stands for a size of rows: a prime, or a number made of some
         self._drawn: set[int] = set()  # the primes among them
         self._given: list[Node] = []
-        self._made: list[Node] = []
+        self.made: list[Node] = []  # by the steps
         self.gm: GraphModule = GraphModule(torch.nn.Module(), Graph())
 
     def write(self) -> Node:
@@ -172,8 +194,8 @@ class _Writer:
                 made = self._write(step)
             self._evaluate(first, end, step.autocast)
             self._compare(value_of(made), step)
-            self._made.append(made)
-        node = self._made[-1]
+            self.made.append(made)
+        node = self.made[-1]
         results: Any = [node]
         if not isinstance(value_of(node), Tensor):
             first = end.prev
@@ -194,7 +216,7 @@ class _Writer:
         assert isinstance(made, Node)
         for old, new in copies.items():
             if old.op == "get_attr":
-                name = f"chain{len(self._made)}"
+                name = f"chain{len(self.made)}"
                 self.gm.add_submodule(name, step.func)
                 new.target = f"{name}.{old.target}"
         return made
@@ -208,7 +230,7 @@ class _Writer:
                 node.meta["example_value"] = fake.requires_grad_(value.requires_grad)
             return node
         if isinstance(a, Ref):
-            return self._made[a.step]
+            return self.made[a.step]
         return self._size(a.size) if isinstance(a, Size) else a
 
     def _size(self, size: Any) -> Any:

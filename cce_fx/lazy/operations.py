@@ -21,9 +21,10 @@ from .._torch import (
 )
 from ..passes.autocast import autocast_of
 from ..passes.canonical import CASTS, canonical_callable
-from .expression import Expression, NotWritten, is_moved, known_top, read_rows
+from .expression import Expression, NotWritten, is_moved, read_rows
 from .functions import BASE, DETACH_, IS_VIEW, REGISTER_HOOK, WATCH, Op, writes
 from .graph import row_by_row, run_without_logits
+from .likeliest import known_top
 from .state import State, owned
 from .tensor import HANDLERS, LazyLogits, base_of
 
