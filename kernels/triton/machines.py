@@ -68,9 +68,7 @@ class Config:
     product: Tile  # the two products of the chunked backward
     fused: Fused  # the fused kernels of the recompute backward
     heavy_fused: Fused  # the same, where the tiles of logits are heavy
-    likeliest: Tile | None = (
-        None  # instead of `sweep` where the likeliest class is wanted, if that takes registers that are not there
-    )
+    likeliest: Tile | None = None  # instead of `sweep` where the likeliest class needs registers that are not there
 
 
 @dataclass(frozen=True)
