@@ -66,6 +66,23 @@ def draw_scaling(rows: list[Row], title: str, path: Path) -> None:
     save(figure, title, path)
 
 
+def draw_programs(found: dict[str, Any], title: str, path: Path) -> None:
+    """Time and memory of losses of the rows, a row of bars for each."""
+    figure, axes = subplots(len(found))
+    for (left, right), (loss, measured) in zip(axes, found.items(), strict=True):
+        names = list(measured["seconds"])
+        times = [statistics.median(measured["seconds"][name]) for name in names]
+        bars(left, names, times, f"{loss}: forward and backward, s", labels=True)
+        bars(
+            right,
+            names,
+            [measured["peaks"][name] / MIB for name in names],
+            "memory beyond the gradients, MiB",
+            labels=False,
+        )
+    save(figure, title, path)
+
+
 def save(figure: Any, title: str, path: Path) -> None:
     figure.suptitle(title, fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +91,7 @@ def save(figure: Any, title: str, path: Path) -> None:
 
 
 def _colour(name: str) -> str:
-    return OURS if name.startswith("cce_fx") else FLOOR if "product" in name else OTHERS
+    return OURS if name.startswith("cce") else FLOOR if "product" in name else OTHERS
 
 
 def _line(name: str) -> str | None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, GraphModule
 
 from benchmarks.measure import interleaved, peak_bytes
+from benchmarks.pictures import draw_programs
 from cce_fx.passes import Policy, fakes
 from cce_fx.passes.faults import Undo
 from cce_fx.passes.pipeline import apply
@@ -216,20 +217,24 @@ def main(arguments: list[str]) -> None:
     parser.add_argument(
         "--operations", type=int, default=2000, help="between a head and its loss, for the time of the pass"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="a run goes on with the losses that are not in it")
+    parser.add_argument("--picture", type=Path)
     args = parser.parse_args(arguments)
     names = args.backends.split(",")
     columns = [f"{b} {what}" for what in ("time", "memory") for b in names]
     columns += [f"cce/inductor {what}" for what in ("time", "memory", "first call")]
     title = f"{torch.get_num_threads()} threads, torch {torch.__version__}, float32"
     table = Table("loss", "shape", *columns, title=title)
-    found = {}
+    found = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for name in args.only.split(","):
-        torch._dynamo.reset()
-        found[name] = measure(name, args.scale, args.rounds, names)
+        if name not in found:
+            torch._dynamo.reset()
+            found[name] = measure(name, args.scale, args.rounds, names)
+            if args.json:
+                args.json.write_text(json.dumps(found, indent=1))
         table.add_row(*row(name, found[name], names))
     Console(width=200).print(table)
     took = reading(args.operations, args.rounds)
     print(f"the pass reads {args.operations:,} operations between a head and its loss in {took * 1e3:.0f} ms")
-    if args.json:
-        args.json.write_text(json.dumps({**found, "reading": took}, indent=1))
+    if args.picture:
+        draw_programs({name: found[name] for name in LOSSES if name in found}, title, args.picture)
