@@ -28,6 +28,7 @@ from torch.fx import Graph, GraphModule
 
 from benchmarks.measure import interleaved, peak_bytes
 from benchmarks.pictures import draw_programs
+from benchmarks.store import describe, machine
 from cce_fx.passes import Policy, fakes
 from cce_fx.passes.faults import Undo
 from cce_fx.passes.pipeline import apply
@@ -117,6 +118,16 @@ LOSSES: dict[str, tuple[Loss, tuple[int, int, int, int]]] = {  # N, D of the stu
     "labels": (labels, (512, 512, 8, 100000)),
     "arcface": (arcface, (512, 512, 8, 100000)),
     "clip": (clip, (8192, 512, 8, 8192)),
+}
+TITLES = {
+    "kl": "distillation, KL",
+    "jsd": "distillation, JSD",
+    "entropy": "cross entropy and an entropy bonus",
+    "metrics": "cross entropy, accuracy and the mean logit",
+    "smoothed": "smoothing by KLDivLoss, scattered target",
+    "labels": "multi-label BCE",
+    "arcface": "ArcFace",
+    "clip": "CLIP, both directions",
 }
 LIGER: dict[str, Callable[[], Loss]] = {"jsd": liger_jsd}
 
@@ -237,4 +248,6 @@ def main(arguments: list[str]) -> None:
     took = reading(args.operations, args.rounds)
     print(f"the pass reads {args.operations:,} operations between a head and its loss in {took * 1e3:.0f} ms")
     if args.picture:
-        draw_programs({name: found[name] for name in LOSSES if name in found}, title, args.picture)
+        draw_programs(
+            {TITLES[name]: found[name] for name in LOSSES if name in found}, describe(machine()), args.picture
+        )
