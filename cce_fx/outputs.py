@@ -18,7 +18,7 @@ from .lazy import HeadChain, LazyLogits
 from .lazy.tensor import are_large
 from .options import Options
 from .passes.autocast import autocast_at
-from .passes.beside import kernels_of_losses, of_the_same_rows, tell_likeliest, with_the_same_order
+from .passes.beside import tell_likeliest
 from .passes.canonical import canonical
 from .passes.decide import illegal_head
 from .passes.faults import Undo
@@ -61,7 +61,7 @@ class LazyOutput:
     rowwise: bool  # each row of hidden gives its row of logits
     classes: int
     dtype: torch.dtype
-    top: Source | None  # of the likeliest class of each row, -1 where it is not known, where `rowwise`
+    top: int | None  # of a `rowwise` one: the graph's output with each row's likeliest class, -1 where not known
 
     def like(self, hidden: torch.Tensor) -> torch.Tensor | None:
         """A meta tensor of the logits' shape, strides and dtype, where they follow from hidden's."""
@@ -127,6 +127,8 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], options: Opt
         places = tuple(index for index, node in members if node is base)
         linear = found.views[base].linear.name
         autocast, layout = autocast_at(found.views[base].linear), _layout(base, found.views[base])
+        top = tell_likeliest(gm, found.views[base]) if layout[0] else None
+        results += [] if top is None else [top]
         made.append(
             LazyOutput(
                 places,
@@ -137,7 +139,7 @@ def cut_outputs(gm: GraphModule, found: Trace, rewritten: set[str], options: Opt
                 autocast,
                 linear in rewritten,
                 *layout,
-                _likeliest(gm, found.views[base], results) if layout[0] else None,
+                None if top is None else len(results) - 1,
             )
         )
     output.args = (tuple(results),)
@@ -185,15 +187,6 @@ def _layout(node: Node, view: LogitsView) -> tuple[bool, int, torch.dtype]:
     fixed = isinstance(view.classes, int)
     rowwise = fixed and not view.hidden.steps and view.class_dim == len(view.shape) - 1 and value.is_contiguous()
     return rowwise, view.classes if fixed else 0, value.dtype
-
-
-def _likeliest(gm: GraphModule, view: LogitsView, results: list[Any]) -> Source | None:
-    """The likeliest class of each row of some logits, put at the end of `results`, where the kernel of a loss of theirs tells it."""
-    for node, loss in kernels_of_losses(gm):
-        if of_the_same_rows(view, loss.view) and with_the_same_order(view.epilogue, loss.loss.epilogue):
-            results.append(tell_likeliest(gm, node))
-            return Source("output", len(results) - 1)
-    return None
 
 
 def _is_cuttable(node: Node, output: Node, found: Trace, rewritten: set[str], policy: Policy) -> bool:
@@ -280,7 +273,7 @@ def restore(compiled: Callable[..., Any], cut: CutOutputs) -> Callable[..., Any]
 
         for output in cut.lazy:
             hidden, *inputs = given(output.sources)
-            top = None if output.top is None else found[output.top.index]
+            top = None if output.top is None else found[output.top]
             chain = HeadChain(
                 hidden, tuple(inputs), output.chain, output.autocast, cut.outlive_steps, output.rowwise, top
             )

@@ -138,8 +138,7 @@ def _spread(sums: Partials, rows: Rows, problem: Problem) -> Partials:
     if rows.index is None:
         return sums
     index, n = rows.index, problem.target.shape[0]
-    wanted = {"max": 0, "sumexp": 0, "target_logit": 0} | ({"smooth": 0} if problem.smooth else {})
-    wanted |= {"top": -1} if sums.top is not None else {}
+    wanted = {f: t for f, t in sums._asdict().items() if t is not None and (f != "smooth" or problem.smooth)}
     return sums._replace(
-        **{f: (t := getattr(sums, f)).new_full((n,), other).index_copy_(0, index, t) for f, other in wanted.items()}
+        **{f: t.new_full((n,), -1 if f == "top" else 0).index_copy_(0, index, t) for f, t in wanted.items()}
     )

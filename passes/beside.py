@@ -49,34 +49,40 @@ def with_readings(site: LossSite, found: Trace, taken: Collection[Node]) -> Loss
 def _is_of(reading: Candidate, loss: Candidate) -> bool:
     """Whether a reading has no gradient, and is of the rows and the logits of a loss."""
     value = value_of(reading.anchor)
-    if not isinstance(value, Tensor) or value.requires_grad or not of_the_same_rows(reading.view, loss.view):
+    if not isinstance(value, Tensor) or value.requires_grad or not _of_the_same_rows(reading.view, loss.view):
         return False
     mine, its = reading.loss.epilogue, loss.loss.epilogue
     if reading.result is Result.TOP:
-        return with_the_same_order(mine, its)
+        return _in_the_same_order(mine, its)
     weighted = loss.class_weight is not None and loss.loss.label_smoothing > 0
     return mine == its and not (reading.result is Result.MEAN and weighted)
 
 
-def kernels_of_losses(gm: GraphModule) -> list[tuple[Node, Candidate]]:
-    """The operators that were written for losses and can tell the likeliest class of each row at no cost, with the losses.
+def tell_likeliest(gm: GraphModule, view: LogitsView) -> Node | None:
+    """The likeliest class of each row of some logits, -1 where its target is ignored, by the kernel that was written for a loss
+    of theirs; None where there is none.
 
-    Those on a CPU, where it takes less than can be measured; on a GPU nobody has measured it.
+    On a CPU, where it takes less than can be measured; on a GPU nobody has measured it.
     """
-    found = [(node, node.meta["cce_fx_loss"]) for node in gm.graph.nodes if "cce_fx_loss" in node.meta]
-    return [(node, loss) for node, loss in found if value_of(loss.view.linear).device.type == "cpu"]
+    if value_of(view.linear).device.type != "cpu":
+        return None
+    for node in gm.graph.nodes:
+        loss = node.meta.get("cce_fx_loss")
+        if (
+            loss is None
+            or not _of_the_same_rows(view, loss.view)
+            or not _in_the_same_order(view.epilogue, loss.loss.epilogue)
+        ):
+            continue
+        node.args = tells_likeliest(node.args)
+        with gm.graph.inserting_after(node):
+            top = gm.graph.call_function(operator.getitem, (node, LIKELIEST[node.target]))
+        propagate(gm, [node, top], grad=value_of(loss.anchor).requires_grad)
+        return top
+    return None
 
 
-def tell_likeliest(gm: GraphModule, node: Node) -> Node:
-    """The likeliest class of each row, -1 where its target is ignored, of one of these operators."""
-    node.args = tells_likeliest(node.args)
-    with gm.graph.inserting_after(node):
-        top = gm.graph.call_function(operator.getitem, (node, LIKELIEST[node.target]))
-    propagate(gm, [node, top], grad=value_of(node.meta["cce_fx_loss"].anchor).requires_grad)
-    return top
-
-
-def of_the_same_rows(one: LogitsView, other: LogitsView) -> bool:
+def _of_the_same_rows(one: LogitsView, other: LogitsView) -> bool:
     """Whether two views are of one product, with the same rows in the same order, but for their epilogues."""
     if one.linear is not other.linear or one.dtype != other.dtype or one.classes != other.classes:
         return False
@@ -85,7 +91,7 @@ def of_the_same_rows(one: LogitsView, other: LogitsView) -> bool:
     return _rows(one.hidden) == _rows(other.hidden)
 
 
-def with_the_same_order(one: Epilogue, other: Epilogue) -> bool:
+def _in_the_same_order(one: Epilogue, other: Epilogue) -> bool:
     """Whether two epilogues of a product put its classes into the same order."""
     return one.scale * one.post_scale * other.scale * other.post_scale > 0
 
@@ -112,7 +118,8 @@ def _place(reading: Node, loss: Candidate, order: dict[Node, int], off: dict[Nod
         if anchor in off:
             return None
         place = off[reading]
-    inputs = _inputs(loss.view, loss.target, loss.class_weight)
+    inputs = [n for operand in loss.view.operands for n in operand.nodes]
+    inputs += [n for n in (loss.target, loss.class_weight) if n is not None]
     if any(order.get(n, -1) >= order[place] for n in inputs):
         return None
     memory = {storage_of(n) for n in inputs} - {None}
@@ -122,7 +129,3 @@ def _place(reading: Node, loss: Candidate, order: dict[Node, int], off: dict[Nod
             return None
         node = node.next
     return place
-
-
-def _inputs(view: LogitsView, *more: Node | None) -> list[Node]:
-    return [*(n for operand in view.operands for n in operand.nodes), *(n for n in more if n is not None)]

@@ -73,10 +73,11 @@ READ = [
 ]  # fmt: skip
 
 
-def check(fn: Callable[..., Any], given: list[Tensor]) -> Watch:
+def check(fn: Callable[..., Any], given: list[Tensor], **options: str) -> Watch:
     torch._dynamo.reset()
     watch = Watch()
-    found, want = step(torch.compile(fn, backend="cce", options={**OPTIONS, "inner": watch}), given), step(fn, given)
+    compiled = torch.compile(fn, backend="cce", options={**OPTIONS, **options, "inner": watch})
+    found, want = step(compiled, given), step(fn, given)
     for a, b in zip(found.results, want.results, strict=True):
         assert (a is None) == (b is None)
         if a is not None and b is not None:
@@ -87,11 +88,7 @@ def check(fn: Callable[..., Any], given: list[Tensor]) -> Watch:
 @pytest.mark.parametrize("fn", READ)
 @pytest.mark.parametrize("strategy", ["auto", "recompute"])
 def test_it_comes_out_of_the_kernel(fn: Callable[..., Any], strategy: str) -> None:
-    OPTIONS["strategy"] = strategy
-    try:
-        watch = check(fn, tensors())
-    finally:
-        del OPTIONS["strategy"]
+    watch = check(fn, tensors(), strategy=strategy)
     # The second call is for the rows that the loss leaves out.
     assert watch.calls("cce.linear_cross_entropy") == 2 and watch.calls("cce.") == 2
     assert watch.largest() < N * V

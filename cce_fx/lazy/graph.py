@@ -21,13 +21,13 @@ from torch.fx import Graph, GraphModule, Node
 from .._torch import FakeTensorMode, enter_autocast, exit_autocast, tree_map
 from ..passes import fakes
 from ..passes.autocast import under, written_under
-from ..passes.beside import kernels_of_losses, of_the_same_rows, tell_likeliest, with_the_same_order
+from ..passes.beside import tell_likeliest
 from ..passes.faults import Fault, Undo, failed, stage
 from ..passes.pipeline import apply
 from ..passes.programs.sizes import primes
 from ..passes.programs.tier import rows_of
 from ..passes.trace import trace
-from ..passes.values import Form, LogitsView, behind, output_of, value_of
+from ..passes.values import Form, behind, output_of, value_of
 from .expression import Expression, Input, Ref, Size, Step
 from .likeliest import remember
 
@@ -127,22 +127,17 @@ def _cut(expression: Expression, small: bool, first: int | None) -> GraphModule 
         report, found = apply(gm, policy, Undo(gm))
         if not report.rewritten or behind(output_of(gm.graph)) & found.heads.keys():
             return None
-        if expression.moves is not None:
-            _tell(gm, found.views.get(writer.made[expression.moves[1]]))
+        logits = None if expression.moves is None else found.views.get(writer.made[expression.moves[1]])
+        top = tell_likeliest(gm, logits) if logits is not None and logits.form is Form.LOGITS else None
+        if top is not None:
+            output = output_of(gm.graph)
+            output.args = ((*output.args[0], top),)
+            gm.meta[_TELLS] = True
+            gm.recompile()
         return gm
 
     found: GraphModule | bool | None = _examined(expression, first, examine)
     return found
-
-
-def _tell(gm: GraphModule, logits: LogitsView | None) -> None:
-    """Have a graph tell the likeliest class of each row of logits as its last result, if a kernel in it can."""
-    for node, loss in kernels_of_losses(gm) if logits is not None and logits.form is Form.LOGITS else ():
-        if of_the_same_rows(logits, loss.view) and with_the_same_order(logits.epilogue, loss.loss.epilogue):
-            output = output_of(gm.graph)
-            output.args = ((*output.args[0], tell_likeliest(gm, node)),)
-            gm.meta[_TELLS] = True
-            return gm.recompile()
 
 
 def _examined(expression: Expression, first: int | None, examine: Callable[[_Writer, Node], Any]) -> Any:

@@ -55,8 +55,7 @@ def stored(head: Head, rows: Rows, needs: Needs, plan: Plan) -> tuple[Stats, Gra
     s = make_scratch(head, head.n, plan.width, plan.blas, d_bias is not None, None, RELEASE_ROWS)
     parts = hold(head, rows, s)
     stats = join(head, rows, parts, Stats)
-    assert parts[0] is not None
-    release(head, rows, s, parts[0], stats.norm)
+    release(head, rows, s, parts.part_max, stats.norm)
     if d_hidden is not None:
         into_hidden(head, rows, s, None, (0, 0, head.v), None, d_hidden, True)
     if d_weight is not None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import triton
@@ -37,7 +37,7 @@ def _join(
     out_sum,
     out_target,  # (N,), or None where STATS
     out_smooth,
-    out_top,
+    out_top,  # (N,), or None where not wanted
     N,
     splits,
     ignore_index,
@@ -55,10 +55,13 @@ def _join(
     kept = place < count
     row = tl.load(index + place, mask=kept, other=0)
     highest = tl.full((BLOCK,), float("-inf"), dtype=ACC)
+    best = tl.zeros((BLOCK,), dtype=tl.int32)
     for split in range(0, splits):
-        highest = tl.maximum(
-            highest, tl.load(part_max + split * tl.full((), N, tl.int64) + place, mask=kept, other=0.0)
-        )
+        at = split * tl.full((), N, tl.int64) + place
+        part = tl.load(part_max + at, mask=kept, other=0.0)
+        if out_top is not None:
+            best = tl.where(part > highest, tl.load(part_top + at, mask=kept, other=0), best)
+        highest = tl.maximum(highest, part)
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     total = tl.zeros((BLOCK,), dtype=ACC)
     at_target = tl.zeros((BLOCK,), dtype=ACC)
@@ -89,22 +92,14 @@ def _join(
                 lse = tl.where(ignored, 0.0, lse)
                 highest = tl.where(ignored, 0.0, highest)
                 total = tl.where(ignored, 0.0, total)
+                best = tl.where(ignored, -1, best)
         tl.store(out_nll + row, nll, mask=kept)
         tl.store(out_lse + row, lse, mask=kept)
+        if out_top is not None:
+            tl.store(out_top + row, best.to(tl.int64), mask=kept)
     else:
         smooth += weights * shift
         tl.store(out_target + row, at_target, mask=kept)
-    if out_top is not None:
-        lead = tl.full((BLOCK,), float("-inf"), dtype=ACC)
-        best = tl.zeros((BLOCK,), dtype=tl.int32)
-        for split in range(0, splits):
-            at = split * tl.full((), N, tl.int64) + place
-            part = tl.load(part_max + at, mask=kept, other=0.0)
-            best = tl.where(part > lead, tl.load(part_top + at, mask=kept, other=0), best)
-            lead = tl.maximum(part, lead)
-        if IGNORE and SKIP:
-            best = tl.where(tl.load(target + row, mask=kept, other=0) == ignore_index, -1, best)
-        tl.store(out_top + row, best.to(tl.int64), mask=kept)
     tl.store(out_max + row, highest, mask=kept)
     tl.store(out_sum + row, total, mask=kept)
     if SMOOTH:
@@ -119,14 +114,32 @@ def nothing(head: Head, kind: type[Sums]) -> Sums:
     return kind(**{n: torch.zeros(s, dtype=head.dtype, device=p.hidden.device) for n, s in sizes.items()}, top=top)
 
 
-def likeliest_part(head: Head, parts: int) -> Tensor | None:
-    """Memory (parts, N) for the likeliest class of each part, where it is wanted."""
-    device = head.problem.hidden.device
-    return torch.empty(parts, head.n, dtype=torch.int32, device=device) if head.problem.top else None
+class Parts(NamedTuple):
+    """Sums of parts of the vocabulary (parts, N), under the names of the kernels' arguments; None where not wanted."""
+
+    part_max: Tensor
+    part_sum: Tensor
+    part_target: Tensor
+    part_smooth: Tensor | None
+    part_weight: Tensor | None  # (parts,)
+    part_top: Tensor | None
 
 
-def join(head: Head, rows: Rows, parts: list[Tensor | None], kind: type[Sums]) -> Sums:
-    """Stats or Partials (N,) from the parts of the vocabulary (parts, N), added in their order."""
+def make_parts(head: Head, count: int) -> Parts:
+    """Memory for the sums of so many parts."""
+    p, device = head.problem, head.problem.hidden.device
+    new = lambda dtype: torch.empty(count, head.n, dtype=dtype, device=device)  # noqa: E731
+    return Parts(
+        *(new(head.dtype) for _ in range(3)),
+        new(head.dtype) if p.smooth else None,
+        # Zeros, as a count of 0 leaves them unwritten.
+        torch.zeros(count, dtype=head.dtype, device=device) if p.smooth else None,
+        new(torch.int32) if p.top else None,
+    )
+
+
+def join(head: Head, rows: Rows, parts: Parts, kind: type[Sums]) -> Sums:
+    """Stats or Partials (N,) from the sums of the parts, added in their order."""
     out = nothing(head, kind)
     p, stats = head.problem, kind is Stats
     total = None
@@ -137,7 +150,6 @@ def join(head: Head, rows: Rows, parts: list[Tensor | None], kind: type[Sums]) -
             if isinstance(weight, Tensor)
             else torch.full((1,), weight, dtype=head.dtype, device=p.hidden.device)
         )
-    assert parts[0] is not None
     launch(
         p.hidden.device,
         _join,
@@ -146,12 +158,7 @@ def join(head: Head, rows: Rows, parts: list[Tensor | None], kind: type[Sums]) -
         target=p.target.contiguous(),
         index=rows.index,
         state=rows.state,
-        part_max=parts[0],
-        part_sum=parts[1],
-        part_target=parts[2],
-        part_smooth=parts[3],
-        part_weight=parts[4],
-        part_top=parts[5],
+        **parts._asdict(),
         total_weight=total,
         out_nll=getattr(out, "nll", None),
         out_lse=getattr(out, "lse", None),
@@ -161,7 +168,7 @@ def join(head: Head, rows: Rows, parts: list[Tensor | None], kind: type[Sums]) -
         out_smooth=out.smooth if p.smooth else None,
         out_top=out.top,
         N=head.n,
-        splits=parts[0].shape[0],
+        splits=len(parts.part_max),
         ignore_index=p.ignore_index if p.ignore_index is not None else 0,
         IGNORE=p.ignore_index is not None,
         SKIP=p.skip_ignored,

@@ -7,7 +7,6 @@ the absolute error of a rounded logit; `release` turns that into the gradient wh
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from ..spec import Norm
 from .device import launch
 from .head import Head, cdiv
-from .join import likeliest_part
+from .join import Parts, make_parts
 from .machines import Tile
 from .rows import Rows
 from .tile import columns, likeliest, logits, narrow, product, rows_at, swizzle
@@ -160,14 +159,11 @@ def _release(
     tl.store(out, narrow(dx, scratch.dtype.element_ty, OPERAND), mask=mask)
 
 
-def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
+def hold(head: Head, rows: Rows, s: Scratch) -> Parts:
     """Fill `s` (N, V) with exp(z - max); returns the parts of each tile for `join.join`."""
     p, t = head.problem, head.config.logits
     blocks, tiles = cdiv(head.n, t.rows), cdiv(head.v, t.cols)
-    new = lambda *shape: torch.empty(*shape, dtype=head.dtype, device=p.hidden.device)  # noqa: E731
-    parts: list[Tensor | None] = [new(tiles, head.n) for _ in range(3)]
-    parts += [new(tiles, head.n), torch.zeros_like(new(tiles))] if p.smooth else [None, None]
-    parts.append(likeliest_part(head, tiles))
+    parts = make_parts(head, tiles)
     launch(
         p.hidden.device,
         _hold,
@@ -176,12 +172,7 @@ def hold(head: Head, rows: Rows, s: Scratch) -> list[Tensor | None]:
         **head.args(rows),
         scratch=s.tile,
         width=s.tile.shape[1],
-        part_max=parts[0],
-        part_sum=parts[1],
-        part_target=parts[2],
-        part_smooth=parts[3],
-        part_weight=parts[4],
-        part_top=parts[5],
+        **parts._asdict(),
         N=head.n,
         blocks=blocks,
         tiles=tiles,

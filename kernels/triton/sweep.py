@@ -7,14 +7,12 @@ its part; `join.py` adds the parts of a row in their order. No locks and no atom
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from .device import launch
 from .head import Head, cdiv
-from .join import Sums, join, likeliest_part, nothing
+from .join import Parts, Sums, join, make_parts, nothing
 from .rows import Rows, select
 from .tile import add_tile, columns, product, swizzle, tma_product
 from .tma import pack, tma_args
@@ -197,27 +195,16 @@ def run(head: Head, kind: type[Sums]) -> Sums:
     return join(head, rows, _parts(head, rows), kind)
 
 
-def _parts(head: Head, rows: Rows) -> list[Tensor | None]:
+def _parts(head: Head, rows: Rows) -> Parts:
     problem, t = head.problem, head.config.sweep
     tiles = cdiv(head.v, t.cols)
     splits = splits_of(head)
     per_split = cdiv(tiles, splits)
     splits = cdiv(tiles, per_split)
-    shape = (splits, head.n)
-    device = problem.hidden.device
-    parts: list[Tensor | None] = [torch.empty(shape, dtype=head.dtype, device=device) for _ in range(3)]
-    parts.append(torch.empty(shape, dtype=head.dtype, device=device) if problem.smooth else None)
-    # Zeros, as a count of 0 leaves them unwritten.
-    parts.append(torch.zeros(splits, dtype=head.dtype, device=device) if problem.smooth else None)
-    parts.append(likeliest_part(head, splits))
+    device, parts = problem.hidden.device, make_parts(head, splits)
     blocks = cdiv(head.n, t.rows)
     shared = {
-        "part_max": parts[0],
-        "part_sum": parts[1],
-        "part_target": parts[2],
-        "part_smooth": parts[3],
-        "part_weight": parts[4],
-        "part_top": parts[5],
+        **parts._asdict(),
         "N": head.n,
         "blocks": blocks,
         "splits": splits,
