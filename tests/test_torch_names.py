@@ -92,7 +92,7 @@ def test_private_names_are_in_one_place(path: Path) -> None:
     assert {p for p in found if (where, p) not in _torch.ELSEWHERE} == set(), "list it in cce_fx/_torch.py"
 
 
-NAMEDTUPLES = {"_fields", "_replace"}  # documented by Python
+NAMEDTUPLES = {"_asdict", "_fields", "_replace"}  # documented by Python
 
 
 def own_names() -> set[str]:
