@@ -11,6 +11,7 @@ together. A process that ends or hangs is not started again: its test has failed
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import os
 import signal
 from collections.abc import Iterator
@@ -52,6 +53,13 @@ def cuda(device: torch.device) -> torch.device:
 def _interpreter() -> Iterator[None]:
     with faster_interpreter() if INTERPRETED else contextlib.nullcontext():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _takes_its_time(request: pytest.FixtureRequest) -> None:
+    """What is known to take long is not ended by `faulthandler_timeout`."""
+    if request.node.get_closest_marker("slow") is not None:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(autouse=True)

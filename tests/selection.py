@@ -21,3 +21,15 @@ def sampled(items: list[pytest.Item], every: int | None = None) -> list[pytest.I
         part = every or (mark.args[0] if mark else 1)
         found += sorted(group, key=lambda item: hashlib.sha256(item.name.encode()).digest())[: -(-len(group) // part)]
     return found
+
+
+def shares(count: int, each: int) -> list[Any]:
+    """The parameters of a slow test that draws many: `(number, how many)` of parts that processes can take one by one.
+
+    A part draws from a seed of its own, so it can be run again alone: `-k "3 of 30"`.
+    """
+    parts = -(-count // each)
+    return [
+        pytest.param((at, min(each, count - at * each)), id=f"{at} of {parts}", marks=pytest.mark.slow)
+        for at in range(parts)
+    ]

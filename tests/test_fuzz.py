@@ -22,6 +22,7 @@ import cce_fx
 from cce_fx import Options
 from cce_fx.options import split
 from tests.helpers import assert_all
+from tests.selection import shares
 
 FEW, MANY = int(os.environ.get("CCE_FX_FUZZ", "500")), int(os.environ.get("CCE_FX_FUZZ_MANY", "20000"))
 SEED = int(os.environ.get("CCE_FX_SEED", "0"))
@@ -237,10 +238,14 @@ def test_options(options: Any) -> None:
     check_options(options)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [0, 1, 2], ids=["calls", "compiled", "options"])
-def test_many(kind: int) -> None:
+@pytest.mark.parametrize("share", shares(MANY, 2000))
+def test_many(share: tuple[int, int]) -> None:
     """20,000 in all; every one that fails is told, and not the first alone."""
-    strategy = [calls(), calls(), st.one_of(st.dictionaries(NAMES, ANYTHING, max_size=3), ANYTHING)][kind]
-    check: Callable[[Any], None] = [check_call, check_compiled, check_options][kind]
-    assert_all(check, strategy, settings(few, max_examples=counts(MANY)[kind], derandomize=False), SEED)
+    at, count = share
+    kinds: list[tuple[Any, Callable[[Any], None]]] = [
+        (calls(), check_call),
+        (calls(), check_compiled),
+        (st.one_of(st.dictionaries(NAMES, ANYTHING, max_size=3), ANYTHING), check_options),
+    ]
+    for (strategy, check), examples in zip(kinds, counts(count), strict=True):
+        assert_all(check, strategy, settings(few, max_examples=examples, derandomize=False), SEED + at)

@@ -11,6 +11,7 @@ from torch._dynamo.utils import counters
 
 from .helpers import assert_all, compare
 from .programs import BY_HAND, Program, programs
+from .selection import shares
 
 EXAMPLES = int(os.environ.get("CCE_FX_PROGRAMS", "63"))
 NEAR_MISSES = EXAMPLES * 3 // 7
@@ -60,12 +61,12 @@ def test_a_near_miss_is_left_to_the_rows_or_alone(program: Program) -> None:
     check(program)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("misses", [False, True], ids=["programs", "near misses"])
-def test_many_programs(misses: bool) -> None:
-    """20,000 programs in all; every one that fails is told, and not the first alone."""
-    examples = MANY * 3 // 10 if misses else MANY * 7 // 10
-    assert_all(check, programs(misses=misses), settings(few, max_examples=examples, derandomize=False), SEED)
+@pytest.mark.parametrize("share", shares(MANY, 1000))
+def test_many_programs(share: tuple[int, int]) -> None:
+    """20,000 programs in all, three in ten near misses; every one that fails is told, and not the first alone."""
+    at, count = share
+    for misses, examples in ((False, count * 7 // 10), (True, count * 3 // 10)):
+        assert_all(check, programs(misses=misses), settings(few, max_examples=examples, derandomize=False), SEED + at)
 
 
 def test_hand_written_losses_are_many() -> None:

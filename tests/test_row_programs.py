@@ -21,6 +21,7 @@ from tests.helpers import assert_no_worse
 from tests.row_losses import LOSSES, MIXED, Data, Heads, Loss, data
 from tests.row_programs import Program, draw
 from tests.row_programs import outcome as outcome_of
+from tests.selection import shares
 
 OPTIONS = {"inner": "aot_eager", "min_vocab": 0, "logits": "keep"}
 
@@ -298,23 +299,28 @@ def check_drawn(program: Program) -> bool:
     return bool(counters["cce_fx"]["rewritten"])
 
 
-@pytest.mark.parametrize("start", [pytest.param(0, id="24"), pytest.param(1000, id="5000", marks=pytest.mark.slow)])
-def test_random_row_programs_are_cut_and_right(start: int) -> None:
+def check_all(seeds: range, *, mixes: bool) -> None:
     wrong = []
-    for seed in range(start, start + (5000 if start else 24)):
+    for seed in seeds:
         try:
-            assert check_drawn(draw(seed)), "not cut"
+            assert check_drawn(draw(seed, mixes=mixes)) or mixes, "not cut"
         except Exception as error:
             wrong.append(f"{seed}: {type(error).__name__}: {error}")
     assert not wrong, f"{len(wrong)} of them:\n" + "\n".join(wrong[:20])
 
 
-@pytest.mark.parametrize("start", [pytest.param(0, id="24"), pytest.param(1000, id="2000", marks=pytest.mark.slow)])
-def test_random_programs_that_mix_rows_are_declined_or_right(start: int) -> None:
-    wrong = []
-    for seed in range(start, start + (2000 if start else 24)):
-        try:
-            check_drawn(draw(seed, mixes=True))
-        except Exception as error:
-            wrong.append(f"{seed}: {type(error).__name__}: {error}")
-    assert not wrong, f"{len(wrong)} of them:\n" + "\n".join(wrong[:20])
+@pytest.mark.parametrize("mixes", [False, True], ids=["by rows", "that mix rows"])
+def test_some_random_programs(mixes: bool) -> None:
+    check_all(range(24), mixes=mixes)
+
+
+@pytest.mark.parametrize("share", shares(5000, 250))
+def test_random_row_programs_are_cut_and_right(share: tuple[int, int]) -> None:
+    at, count = share
+    check_all(range(1000 + at * 250, 1000 + at * 250 + count), mixes=False)
+
+
+@pytest.mark.parametrize("share", shares(2000, 250))
+def test_random_programs_that_mix_rows_are_declined_or_right(share: tuple[int, int]) -> None:
+    at, count = share
+    check_all(range(1000 + at * 250, 1000 + at * 250 + count), mixes=True)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, settings
 
 from .helpers import assert_all
+from .selection import shares
 from .sequences import Model, Sequence, difference, sequences
 
 MANY, SEED = int(os.environ.get("CCE_FX_SEQUENCES", "10000")), int(os.environ.get("CCE_FX_SEED", "0"))
@@ -36,6 +37,7 @@ def test_some_sequences_of_operations() -> None:
     check_all(100, SEED)
 
 
-@pytest.mark.slow
-def test_many_sequences_of_operations() -> None:
-    check_all(MANY, SEED)
+@pytest.mark.parametrize("share", shares(MANY, 250))
+def test_many_sequences_of_operations(share: tuple[int, int]) -> None:
+    at, count = share
+    check_all(count, SEED + at)

