@@ -16,6 +16,7 @@ COMMANDS = {
     "filtered": "the bounded filter on a trained model, on a GPU",
     "programs": "losses of the rows that no kernel knows: distillation, margins, many labels",
     "step": "a whole training step of a Llama",
+    "after_step": "what it costs that unread logits outlive an optimizer's step",
     "memory_timeline": "what holds memory over one training step, as a picture",
     "quality": "whether training goes as in eager",
     "compile_time": "how long the pass takes, against the size of the graph",
