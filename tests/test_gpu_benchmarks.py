@@ -207,6 +207,17 @@ def test_a_step_of_a_llama(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert "bfloat16 by autocast, CPU" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_what_outlives_a_step_costs_a_copy_of_the_head(tmp_path: Path) -> None:
+    path = tmp_path / "after_step.json"
+    main(
+        f"after_step --device cpu --vocab 8192 --width 64 --layers 1 --batch 1 --length 16 --rounds 1 --json {path}".split()
+    )
+    found = json.loads(path.read_text())
+    copied, error = (found["peaks"][f"alive, {what}"] for what in ("as_before", "error"))
+    assert 0 <= copied - error <= 1.01 * 4 * 8192 * 64 and all(len(times) == 1 for times in found["seconds"].values())
+
+
 def test_the_pass_is_timed(capsys: pytest.CaptureFixture[str]) -> None:
     main("compile_time --nodes 50,100 --rounds 1".split())
     assert "us a node" in capsys.readouterr().out

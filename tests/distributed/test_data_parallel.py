@@ -57,6 +57,7 @@ def _step(rank: int, order: str, steps: int) -> None:
         assert len(graphs.forward) > 1  # the graph was split
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("steps", [1, 3], ids=["one step", "accumulated under no_sync"])
 @pytest.mark.parametrize("order", ["DDP around compiled", "compiled around DDP"])
 def test_gradients_are_averaged_and_the_loss_is_cut(two: Workers, order: str, steps: int) -> None:

@@ -163,7 +163,7 @@ def test_half_precision(shape: str, options: str, dtype: torch.dtype) -> None:
 
 @needs_code
 # CCE_FX_PROBLEMS draws more: under a sanitizer 2,000 (`nox -s sanitized`).
-@settings(max_examples=int(os.environ.get("CCE_FX_PROBLEMS", "20")), deadline=None)
+@settings(max_examples=int(os.environ.get("CCE_FX_PROBLEMS", "12")), deadline=None)
 @given(problems(), st.sampled_from(list(VARIANTS)), st.sampled_from([1, 2, 3, 7]))
 def test_drawn_problems_on_any_number_of_threads(
     drawn: tuple[Problem, RowGrads, Needs], variant: str, count: int
@@ -281,7 +281,7 @@ def test_what_is_not_finite_is_as_in_torch_operations(where: str, value: float) 
             torch.testing.assert_close(x, y, equal_nan=True)
 
 
-@pytest.mark.sample(6)
+@pytest.mark.sample(12)
 @needs_code
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", ["in rows", "in columns"])

@@ -21,6 +21,7 @@ def loader() -> torch.utils.data.DataLoader:
     return torch.utils.data.DataLoader(Tokens(4 * BATCH), batch_size=BATCH)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("loss", ["inside", "outside"])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_an_accelerate_loop(loss: str, precision: str) -> None:

@@ -68,6 +68,7 @@ def check(machine: Machine, found: list[Launch], tensor_cores: bool = True) -> N
             assert r.bare == 0, f"{r.bare} of {r.loops} inner loops of {name} leave tensor cores idle on {machine.arch}"
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_default_kernels(arch: str) -> None:
     found = launches(BY_ARCH[arch])
@@ -76,7 +77,7 @@ def test_default_kernels(arch: str) -> None:
     check(BY_ARCH[arch], found)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_kernels_that_hold_few_rows(arch: str) -> None:
     found = launches(BY_ARCH[arch], n=64, top=True)
@@ -84,7 +85,7 @@ def test_kernels_that_hold_few_rows(arch: str) -> None:
     check(BY_ARCH[arch], found)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("arch", ARCHS)
 def test_a_vocabulary_that_ends_within_a_tile(arch: str) -> None:
     check(BY_ARCH[arch], launches(BY_ARCH[arch], n=1000, v=50257))

@@ -26,9 +26,9 @@ def interpreted(*paths: Path, markers: str, **environment: str) -> None:
 
 
 def test_a_sample_in_the_interpreter() -> None:
-    """What every kernel is held to, and its use through torch.compile, with one case of each test in forty-eight."""
+    """What every kernel is held to, and its use through torch.compile, with one case of each test in ninety-six."""
     paths = (ROOT / "tests" / "gpu" / f"test_{name}.py" for name in ("contract", "interface", "compile"))
-    interpreted(*paths, markers="gpu", CCE_FX_SAMPLE="48")
+    interpreted(*paths, markers="gpu", CCE_FX_SAMPLE="96")
 
 
 @pytest.mark.slow
