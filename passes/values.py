@@ -193,6 +193,7 @@ class LogitsView:
     picked: Node | None = None  # of PICKED: the classes, the value's shape without `class_dim`
     picked_from: Form | None = None  # of PICKED: what the one-hot is multiplied by
     path: tuple[Node, ...] = ()  # nodes from the linear to this one, both included
+    turned: bool = False  # whether its rows were classes and its classes rows: the bias is of the rows then
 
     @property
     def classes(self) -> Any:

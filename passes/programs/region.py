@@ -26,6 +26,7 @@ from ..values import Form, LogitsView, Reason, constant, value_of
 from .axes import Axis, Dim, NotByRows, OwnGradient, RowsMixed, fresh, rows_in
 from .emit import row_axes, row_shape
 from .found import REASONS, Exit, Large, Region
+from .heads import turned
 from .numbers import ARITHMETIC, of_numbers, spelling
 from .operations import RULES, is_pointwise
 from .record import Head, Leaf, Recorder, Turned, Value
@@ -35,6 +36,8 @@ from .split import Split, reduced, split_of
 def region_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any]) -> Region:
     """The region that begins at some heads. Those whose logits are needed for something else are left out.
 
+    Where heads are turned, it is of all of them, or empty.
+
     Args:
         graph: with example values.
         heads: linear layers, and what each is.
@@ -42,6 +45,10 @@ def region_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: 
         sizes: a number for a size that is a symbol.
     """
     with fakes.quiet():
+        if _are_turned(heads):
+            with contextlib.suppress(Large):
+                return _Reader(graph, heads, found, sizes, pulls=True).read()
+            return Region()
         best = _region_of(graph, heads, found, sizes, pulls=True)
         if any(node not in best.heads for node in heads):
             # What is made for each row anew may be what does not fit.
@@ -76,12 +83,17 @@ def followed(
     return _Reader(graph, heads, found, sizes, pulls=False).reached(node)
 
 
+def _are_turned(heads: dict[Node, LogitsView]) -> bool:
+    return any(view.turned for view in heads.values())
+
+
 class _Reader:
     def __init__(self, graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> None:
         self._pulls = pulls
         logits = [torch.Size([sizes(s) for s in view.shape]).numel() for view in heads.values()]
         self._size: int = min(logits) // 2
         self._graph, self._heads, self._sizes = graph, heads, sizes
+        self._is_turned: bool = _are_turned(heads)  # and nothing is tried that would need other rows
         self._views, self._transformed = trace.views, trace.transformed
         self._values: dict[Node, Any] = {}  # of nodes outside, with fakes of our own
         self._numbers: dict[Node, Tensor] = {}  # that are symbols
@@ -136,12 +148,14 @@ class _Reader:
         self._recorder.enter(product, value)
         bias = None
         if view.bias is not None:
-            bias = self._recorder.empty(value_of(node), view.dtype, [classes])
+            bias = self._recorder.empty(value_of(node), view.dtype, rows if view.turned else [classes])
             flows = value.grad and view.bias.requires_grad
-            self._recorder.enter(bias, Value([fresh(classes)], view.dtype, Leaf(view.bias), grad=flows))
+            self._recorder.enter(bias, Value([fresh(*bias.shape)], view.dtype, Leaf(view.bias), grad=flows))
 
         def logits(z: Tensor) -> Tensor:
-            z = after_product(view, value_of(node).dtype, z if bias is None else torch.add(z, bias))
+            if bias is not None:
+                z = torch.add(z, bias.unsqueeze(-1) if view.turned else bias)
+            z = after_product(view, value_of(node).dtype, z)
             return z if view.class_dim == len(view.shape) - 1 else torch.movedim(z, -1, view.class_dim)
 
         self._found.heads[head] = view
@@ -152,11 +166,11 @@ class _Reader:
 
         Raises NotByRows where a product on the way cannot be turned, or what is made of it mixes those rows.
         """
-        if self._writes:
-            raise NotByRows("a product that is turned, and a value that is written to")
+        if self._writes or self._is_turned:
+            raise NotByRows("a product that is turned already, or a value that is written to")
         if node not in self._other_way:
             view = self._views.get(node) if node in self._inside else None
-            facing = None if view is None or len(view.shape) != 2 else view.facing(1 - view.class_dim)
+            facing = None if view is None else turned(view)
             if facing is not None:
                 self._other_way[node] = self._logits(node, facing, Turned(node))
             elif node in self._heads:
@@ -239,9 +253,11 @@ class _Reader:
         try:
             self._run(node)
         except NotByRows as refusal:
-            if self._moved(node) or self._divided(node):
+            if (not self._is_turned and self._moved(node)) or self._divided(node):
                 return
             self._found.refused[node] = f"`{spelling(node)}`: {refusal}"
+            if self._is_turned and any(map(self._is_large, node.all_input_nodes)):
+                raise Large(set(self._heads), node, str(refusal)) from refusal
             if type(refusal) in REASONS:
                 self.reasons[node] = REASONS[type(refusal)]
         except Exception as error:  # of torch's, for sizes or an operation that it has no fake of
