@@ -20,7 +20,7 @@ from ..faults import Undo
 from ..memory import N, V, bytes_of_blocks, products_of
 from ..policy import Policy
 from ..report import Rewritten
-from ..rewriter import logits_use
+from ..rewriter import erase_unused, logits_use
 from ..sharded import is_sharded
 from ..trace import Trace
 from ..values import Decline, LogitsView, LossSite, Reason, Result, behind, example_size, source_line, value_of
@@ -31,6 +31,7 @@ from .heads import is_better_turned, turned
 from .linear import make_gradients_in_forward
 from .record import Turned
 from .region import followed, region_of
+from .scales import unscaled
 from .sizes import Numbers
 from .write import erase, write
 
@@ -140,7 +141,18 @@ def _is_dear(head: Node, found: Trace, policy: Policy, needed: Collection[Node])
 
 def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo, *, at_once: bool = False) -> RowPrograms:
     """Write row programs for the heads of a graph whose logits are still used, in place; `at_once` one for all of them, or none."""
-    heads = _heads(found, policy)
+    heads, through = _heads(found, policy), []
+    for node, view in heads.items():
+        heads[node], more = unscaled(view, heads)
+        through += more
+    outcome = _either_way(gm, found, policy, undo, heads, at_once)
+    erase_unused(gm.graph, through)
+    return outcome
+
+
+def _either_way(
+    gm: GraphModule, found: Trace, policy: Policy, undo: Undo, heads: dict[Node, LogitsView], at_once: bool
+) -> RowPrograms:
     other_way = {node: view for node, head in heads.items() if is_better_turned(head) and (view := turned(head))}
     if heads and len(other_way) == len(heads):
         outcome = _cut(gm, found, policy, undo, other_way, at_once)

@@ -200,7 +200,7 @@ def _write_group(
 def _proxy(builder: Builder, given: Node | Operand, region: Region) -> Any:
     if isinstance(given, Node):
         return builder.proxy(given) if isinstance(value_of(given), Tensor) else _number(builder, given)
-    view = next(v for v in region.heads.values() if v.bias == given)
+    view = next(v for v in region.heads.values() if given in v.operands)
     return builder.operand(given, view.dtype)
 
 
