@@ -26,7 +26,7 @@ from ._torch import OpOverload
 from .kernels.choose import products
 from .kernels.combine import statistics_dtype
 from .op import LIBRARY, define, once
-from .row_program import RowProgram
+from .row_program import PLACE_BY_PLACE, RowProgram
 
 _log = logging.getLogger("cce_fx")
 _INPUTS = "Tensor[] hidden, Tensor[] weight, Tensor[] rows, Tensor[] shared"
@@ -182,7 +182,7 @@ def _made(function: Callable[..., Any], kinds: Any, compiled: bool) -> Callable[
     from ._torch import make_fx
 
     with torch.no_grad():
-        run = make_fx(flat, tracing_mode="fake")(*examples)
+        run = make_fx(flat, decomposition_table=PLACE_BY_PLACE if compiled else None, tracing_mode="fake")(*examples)
     if compiled:
         from ._torch import inductor_compile  # loads the compiler
 

@@ -45,7 +45,7 @@ def region_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: 
         sizes: a number for a size that is a symbol.
     """
     with fakes.quiet():
-        if _are_turned(heads):
+        if any(view.turned for view in heads.values()):
             with contextlib.suppress(Large):
                 return _Reader(graph, heads, found, sizes, pulls=True).read()
             return Region()
@@ -83,17 +83,13 @@ def followed(
     return _Reader(graph, heads, found, sizes, pulls=False).reached(node)
 
 
-def _are_turned(heads: dict[Node, LogitsView]) -> bool:
-    return any(view.turned for view in heads.values())
-
-
 class _Reader:
     def __init__(self, graph: Graph, heads: Any, trace: Trace, sizes: Callable[[Any], Any], pulls: bool) -> None:
         self._pulls = pulls
         logits = [torch.Size([sizes(s) for s in view.shape]).numel() for view in heads.values()]
         self._size: int = min(logits) // 2
         self._graph, self._heads, self._sizes = graph, heads, sizes
-        self._is_turned: bool = _are_turned(heads)  # and nothing is tried that would need other rows
+        self._is_turned: bool = any(view.turned for view in heads.values())  # all of them, and nothing needs other rows
         self._views, self._transformed = trace.views, trace.transformed
         self._unscaled = {n: (trace.heads[n].weight, view) for n, view in heads.items() if view.scales}
         self._values: dict[Node, Any] = {}  # of nodes outside, with fakes of our own
