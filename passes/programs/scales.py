@@ -19,10 +19,12 @@ from torch.fx import Node
 
 from ..canonical import canonical, mutated_arguments
 from ..trace import storage_of
-from ..values import LogitsView, Operand, Scale, same, value_of
+from ..values import LogitsView, Operand, Scale, example_size, same, value_of
 
 _TURNS = ("t", "T", "mT", "transpose", "permute")
-_EXACT = (torch.float32, torch.float64)  # a scaled logit is rounded twice, which shows in half precision
+# A scaled logit is rounded once more, which is little beside the roundings of a product of so many terms, and much in half
+# precision, where a product is rounded once. A narrower weight is no larger than a block of logits.
+_LEAST, _EXACT = 32, (torch.float32, torch.float64)
 
 
 def unscaled(view: LogitsView, heads: Collection[Node]) -> tuple[LogitsView, list[Node]]:
@@ -31,7 +33,7 @@ def unscaled(view: LogitsView, heads: Collection[Node]) -> tuple[LogitsView, lis
     Only where nothing but `heads` reads the scaled weight, which would be there all the same.
     """
     steps = [step.name for step in view.weight.steps]
-    if steps not in ([], ["t"]) or view.dtype not in _EXACT or view.scales:
+    if steps not in ([], ["t"]) or view.dtype not in _EXACT or example_size(view.hidden_size) < _LEAST:
         return view, []
     node, classes, scales, through = view.weight.node, len(steps), (), []
     while (found := _scaled(node, classes)) is not None and _read_by(node, view.hidden.node, heads):
