@@ -127,7 +127,7 @@ def read_elsewhere(h: Head, x: Tensor, y: Tensor, m: Tensor) -> Tensor:
 
 def written_between(h: Head, x: Tensor, y: Tensor, m: Tensor) -> Tensor:
     v = h.w * 2.0
-    w = v / h.g
+    w = v / h.g.detach()
     v.mul_(3.0)
     return (F.linear(x, w).softmax(-1) ** 2).sum(-1).log().mean() + v.mean()
 
