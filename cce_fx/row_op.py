@@ -26,12 +26,13 @@ from ._torch import OpOverload
 from .kernels.choose import products
 from .kernels.combine import statistics_dtype
 from .op import LIBRARY, define, once
-from .row_program import RowProgram
+from .row_program import PLACE_BY_PLACE, RowProgram
 
 _log = logging.getLogger("cce_fx")
 _INPUTS = "Tensor[] hidden, Tensor[] weight, Tensor[] rows, Tensor[] shared"
 _HOW = "str program, int? workspace, bool compiled"
 _MOST, _LEAST, _PART = 128, 32, 32  # rows of a block where nobody says how many: a part of all, within bounds
+_BYTES = 1 << 20  # and where their logits take less, as many as take this, but no more than that part
 HELD = 3  # values of the size of a block's logits: these, in whose place their gradient comes, and about two on the way
 
 
@@ -41,7 +42,8 @@ def rows_wanted(count: Any, each: Any, workspace: int | None, smaller: Any = min
     Of numbers, or of expressions with sympy's `Min` and `Max`.
     """
     if workspace is None:
-        return smaller(count, _MOST, larger(_LEAST, count / _PART))
+        part = count / _PART
+        return smaller(count, larger(smaller(_MOST, larger(_LEAST, part)), smaller(part, _BYTES // each)))
     return smaller(count, larger(1, workspace // (HELD * each)))
 
 
@@ -180,7 +182,7 @@ def _made(function: Callable[..., Any], kinds: Any, compiled: bool) -> Callable[
     from ._torch import make_fx
 
     with torch.no_grad():
-        run = make_fx(flat, tracing_mode="fake")(*examples)
+        run = make_fx(flat, decomposition_table=PLACE_BY_PLACE if compiled else None, tracing_mode="fake")(*examples)
     if compiled:
         from ._torch import inductor_compile  # loads the compiler
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._torch import OpOverload
 
 
 @dataclass(frozen=True)
@@ -116,3 +118,18 @@ def operation(name: str) -> Any:
         return torch.einsum
     _, packet, overload = name.split(".")
     return getattr(getattr(torch.ops.aten, packet), overload)
+
+
+def _added_by_places(whole: Tensor, dim: int, index: Tensor, source: Tensor) -> Any:
+    """`scatter_add` of one number a row, the gradient of picking a class of each."""
+    rank = whole.dim()
+    one = [1 if d == dim % max(rank, 1) else size for d, size in enumerate(whole.shape)]
+    if not rank or list(index.shape) != one or list(source.shape) != one:
+        return NotImplemented
+    shape = [whole.shape[d] if d == dim % rank else 1 for d in range(rank)]
+    places = torch.arange(whole.shape[dim], device=whole.device).view(shape)
+    return whole + torch.where(places == index, source, 0)
+
+
+# Operations as a block that is compiled makes them: what is told place by place is fused, and held nowhere.
+PLACE_BY_PLACE: dict[OpOverload, Callable[..., Any]] = {torch.ops.aten.scatter_add.default: _added_by_places}

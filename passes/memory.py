@@ -41,9 +41,9 @@ def bytes_saved(candidate: Candidate) -> sympy.Expr:
     return _of_one_process(N * V * copies * value.dtype.itemsize, division(candidate.view))
 
 
-def bytes_of_blocks(each: sympy.Expr | int, policy: Policy) -> sympy.Expr:
-    """Bytes that a row program holds for a block, of rows with `each` bytes of logits; its gradients are not counted."""
-    return HELD * each * rows_wanted(N, each, policy.workspace, sympy.Min, sympy.Max)
+def bytes_of_blocks(each: sympy.Expr | int, count: sympy.Expr, policy: Policy) -> sympy.Expr:
+    """Bytes that a row program of `count` rows holds for a block, with `each` bytes of logits a row; its gradients are not counted."""
+    return HELD * each * rows_wanted(count, each, policy.workspace, sympy.Min, sympy.Max)
 
 
 def bytes_needed(candidate: Candidate, needs: tuple[bool, bool, bool] | None, policy: Policy) -> sympy.Expr:

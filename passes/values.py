@@ -161,6 +161,14 @@ class Form(enum.Enum):
     PICKED = "one_hot(picked) times another form"
 
 
+@dataclass(frozen=True)
+class Scale:
+    """A number for each class that its logits are multiplied with, or divided by, before the bias."""
+
+    apply: Callable[[Any, Any], Any]
+    operand: Operand  # (V,)
+
+
 def _between(x: Any, start: int, stop: int) -> Any:
     return x[start:stop]
 
@@ -193,6 +201,9 @@ class LogitsView:
     picked: Node | None = None  # of PICKED: the classes, the value's shape without `class_dim`
     picked_from: Form | None = None  # of PICKED: what the one-hot is multiplied by
     path: tuple[Node, ...] = ()  # nodes from the linear to this one, both included
+    # Of row programs:
+    scales: tuple[Scale, ...] = ()
+    turned: bool = False  # whether its rows were classes and its classes rows: bias and scales are of the rows then
 
     @property
     def classes(self) -> Any:
@@ -212,8 +223,9 @@ class LogitsView:
 
     @property
     def operands(self) -> tuple[Operand, ...]:
-        """hidden, weight and, where there is one, bias."""
-        return tuple(o for o in (self.hidden, self.weight, self.bias) if o is not None)
+        """hidden, weight and, where there are any, bias and scales."""
+        scales = (s.operand for s in self.scales)
+        return tuple(o for o in (self.hidden, self.weight, self.bias, *scales) if o is not None)
 
     @property
     def reads(self) -> Iterator[Node]:

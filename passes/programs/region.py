@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,20 +21,22 @@ from .. import fakes
 from ..autocast import autocast_at, under
 from ..canonical import CHECKS, canonical, mutated_arguments
 from ..decide import row_count
-from ..rewriter import after_product
 from ..trace import Trace
 from ..values import Form, LogitsView, Reason, constant, value_of
-from .axes import Axis, Dim, NotByRows, OwnGradient, RowsMixed, fresh, rows_in
+from .axes import NotByRows, OwnGradient, RowsMixed, fresh, rows_in
 from .emit import row_axes, row_shape
 from .found import REASONS, Exit, Large, Region
+from .heads import begun, turned
 from .numbers import ARITHMETIC, of_numbers, spelling
 from .operations import RULES, is_pointwise
-from .record import Head, Leaf, Recorder, Turned, Value
+from .record import Leaf, Recorder, Turned, Value
 from .split import Split, reduced, split_of
 
 
 def region_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any]) -> Region:
     """The region that begins at some heads. Those whose logits are needed for something else are left out.
+
+    Where heads are turned, it is of all of them, or empty.
 
     Args:
         graph: with example values.
@@ -42,6 +45,10 @@ def region_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: 
         sizes: a number for a size that is a symbol.
     """
     with fakes.quiet():
+        if any(view.turned for view in heads.values()):
+            with contextlib.suppress(Large):
+                return _Reader(graph, heads, found, sizes, pulls=True).read()
+            return Region()
         best = _region_of(graph, heads, found, sizes, pulls=True)
         if any(node not in best.heads for node in heads):
             # What is made for each row anew may be what does not fit.
@@ -82,7 +89,9 @@ class _Reader:
         logits = [torch.Size([sizes(s) for s in view.shape]).numel() for view in heads.values()]
         self._size: int = min(logits) // 2
         self._graph, self._heads, self._sizes = graph, heads, sizes
+        self._is_turned: bool = any(view.turned for view in heads.values())  # all of them, and nothing needs other rows
         self._views, self._transformed = trace.views, trace.transformed
+        self._unscaled = {n: (trace.heads[n].weight, view) for n, view in heads.items() if view.scales}
         self._values: dict[Node, Any] = {}  # of nodes outside, with fakes of our own
         self._numbers: dict[Node, Tensor] = {}  # that are symbols
         self._inside: dict[Node, Any] = {}
@@ -127,36 +136,27 @@ class _Reader:
         self._from[node] = heads
 
     def _logits(self, node: Node, view: LogitsView, head: Node | Turned) -> Tensor:
-        rows = [self._sizes(s) for s in view.row_shape]
-        classes = self._sizes(view.classes)
-        dims: list[Dim] = [() if size == 1 else (Axis(size, row=True),) for size in rows]
-        product = self._recorder.empty(value_of(node), view.dtype, [*rows, classes])
-        along: Dim = () if classes == 1 else (Axis(classes, mixed=spelling(view.linear)),)
-        value = Value([*dims, along], view.dtype, Head(head), grad=value_of(node).requires_grad)
-        self._recorder.enter(product, value)
-        bias = None
-        if view.bias is not None:
-            bias = self._recorder.empty(value_of(node), view.dtype, [classes])
-            flows = value.grad and view.bias.requires_grad
-            self._recorder.enter(bias, Value([fresh(classes)], view.dtype, Leaf(view.bias), grad=flows))
-
-        def logits(z: Tensor) -> Tensor:
-            z = after_product(view, value_of(node).dtype, z if bias is None else torch.add(z, bias))
-            return z if view.class_dim == len(view.shape) - 1 else torch.movedim(z, -1, view.class_dim)
-
         self._found.heads[head] = view
-        return self._recorder.run(logits, (product,), {})
+        return begun(self._recorder, node, view, head, self._sizes)
+
+    def _view(self, node: Node) -> LogitsView | None:
+        """What a node is of a head, whose weight is that with which the region begins."""
+        view = self._views.get(node)
+        if view is None or view.linear not in self._unscaled:
+            return view
+        scaled, head = self._unscaled[view.linear]
+        return replace(view, weight=head.weight, scales=head.scales) if view.weight == scaled else view
 
     def _turned(self, node: Node) -> Any:
         """The value of a node of the region with the rows of its product as classes, and its classes as rows.
 
         Raises NotByRows where a product on the way cannot be turned, or what is made of it mixes those rows.
         """
-        if self._writes:
-            raise NotByRows("a product that is turned, and a value that is written to")
+        if self._writes or self._is_turned:
+            raise NotByRows("a product that is turned already, or a value that is written to")
         if node not in self._other_way:
-            view = self._views.get(node) if node in self._inside else None
-            facing = None if view is None or len(view.shape) != 2 else view.facing(1 - view.class_dim)
+            view = self._view(node) if node in self._inside else None
+            facing = None if view is None else turned(view)
             if facing is not None:
                 self._other_way[node] = self._logits(node, facing, Turned(node))
             elif node in self._heads:
@@ -239,9 +239,11 @@ class _Reader:
         try:
             self._run(node)
         except NotByRows as refusal:
-            if self._moved(node) or self._divided(node):
+            if (not self._is_turned and self._moved(node)) or self._divided(node):
                 return
             self._found.refused[node] = f"`{spelling(node)}`: {refusal}"
+            if self._is_turned and any(map(self._is_large, node.all_input_nodes)):
+                raise Large(set(self._heads), node, str(refusal)) from refusal
             if type(refusal) in REASONS:
                 self.reasons[node] = REASONS[type(refusal)]
         except Exception as error:  # of torch's, for sizes or an operation that it has no fake of
@@ -325,7 +327,7 @@ class _Reader:
 
     def _moved(self, node: Node) -> bool:
         """Rows that were moved, which a hidden state of their own makes."""
-        view = self._views.get(node)
+        view = self._view(node)
         if view is None or view.form is not Form.LOGITS:
             return False
         self._begin(node, view, {h for n in node.all_input_nodes for h in self._from.get(n, ())})

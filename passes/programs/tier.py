@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 from torch.fx import GraphModule, Node
@@ -20,16 +20,18 @@ from ..faults import Undo
 from ..memory import N, V, bytes_of_blocks, products_of
 from ..policy import Policy
 from ..report import Rewritten
-from ..rewriter import logits_use
+from ..rewriter import erase_unused, logits_use
 from ..sharded import is_sharded
 from ..trace import Trace
 from ..values import Decline, LogitsView, LossSite, Reason, Result, behind, example_size, source_line, value_of
 from .axes import NotByRows, RowsMixed, resolved, rows_in
 from .emit import Emitted, emit
 from .found import Exit, Region
+from .heads import is_better_turned, turned
 from .linear import make_gradients_in_forward
 from .record import Turned
 from .region import followed, region_of
+from .scales import unscaled
 from .sizes import Numbers
 from .write import erase, write
 
@@ -49,11 +51,14 @@ class Cut:
         """For the report; the sizes are those of the first head."""
         head, view = next(iter(self.heads.items()))
         node = head.node if isinstance(head, Turned) else head
-        rows, (width, classes) = row_count(view), (view.hidden_size, view.classes)
-        numbers = [size if isinstance(size, int) else None for size in (rows, width, classes)]
+        count, classes = row_count(view), view.classes
+        given = (classes, view.hidden_size, count) if view.turned else (count, view.hidden_size, classes)
+        numbers = [_or(size, None) for size in given]
         anchor = self.exits[-1].first or self.exits[-1].node
-        each = sum((v.classes if isinstance(v.classes, int) else V) * v.dtype.itemsize for v in self.heads.values())
-        saved = 3 * each * N
+        rows = V if view.turned else N
+        heads = self.heads.values()
+        each = sum((N if v.turned else _or(v.classes, V)) * v.dtype.itemsize for v in heads)
+        saved = 3 * each * rows
         return Rewritten(
             loss=anchor.name,
             linear=node.name,
@@ -64,12 +69,16 @@ class Cut:
             strategy="grads_in_forward" if self.grads_in_forward else "recompute",
             bytes_saved=None if None in (numbers[0], numbers[2]) else int(saved.subs({N: numbers[0], V: numbers[2]})),
             bytes_saved_expr=str(saved),
-            bytes_needed_expr=str(bytes_of_blocks(each, policy)),
+            bytes_needed_expr=str(bytes_of_blocks(each, rows, policy)),
             rows=numbers[0],
             hidden_size=numbers[1],
             classes=numbers[2],
             logits=logits_use(view),
         )
+
+
+def _or(size: Any, other: Any) -> Any:
+    return size if isinstance(size, int) else other
 
 
 @dataclass
@@ -132,7 +141,29 @@ def _is_dear(head: Node, found: Trace, policy: Policy, needed: Collection[Node])
 
 def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo, *, at_once: bool = False) -> RowPrograms:
     """Write row programs for the heads of a graph whose logits are still used, in place; `at_once` one for all of them, or none."""
-    heads = _heads(found, policy)
+    heads, through = _heads(found, policy), []
+    for node, view in heads.items():
+        heads[node], more = unscaled(view, heads)
+        through += more
+    outcome = _either_way(gm, found, policy, undo, heads, at_once)
+    erase_unused(gm.graph, through)
+    return outcome
+
+
+def _either_way(
+    gm: GraphModule, found: Trace, policy: Policy, undo: Undo, heads: dict[Node, LogitsView], at_once: bool
+) -> RowPrograms:
+    other_way = {node: view for node, head in heads.items() if is_better_turned(head) and (view := turned(head))}
+    if heads and len(other_way) == len(heads):
+        outcome = _cut(gm, found, policy, undo, other_way, at_once)
+        if outcome.cuts:
+            return outcome
+    return _cut(gm, found, policy, undo, heads, at_once)
+
+
+def _cut(
+    gm: GraphModule, found: Trace, policy: Policy, undo: Undo, heads: dict[Node, LogitsView], at_once: bool
+) -> RowPrograms:
     numbers = Numbers(reading=0)
     region = region_of(gm.graph, heads, found, numbers)
     for node, why in region.refused.items():

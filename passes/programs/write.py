@@ -17,7 +17,7 @@ from ..fakes import propagate
 from ..policy import Policy
 from ..rewriter import Builder, head_operands, size_of
 from ..trace import storage_of, switched_off
-from ..values import LogitsView, Operand, value_of
+from ..values import Operand, value_of
 from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
 from .emit import Emitted, RowInput, emit, kept
 from .found import Exit, Region
@@ -156,7 +156,7 @@ def _write_group(
         with builder.before(place):
             heads = [head_operands(builder, region.heads[h]) for h in emitted.heads]
             shared = [_proxy(builder, s, region) for s in emitted.shared]
-            rows = _Rows(emitted, region.heads[emitted.heads[0]], builder, heads, shared)
+            rows = _Rows(emitted, region, builder, heads, shared)
             inputs = [rows.input(given) for given in emitted.row_inputs]
             widths = [
                 size_of(region.heads[h].hidden_size, w, 1) for h, (_, w) in zip(emitted.heads, heads, strict=True)
@@ -200,7 +200,7 @@ def _write_group(
 def _proxy(builder: Builder, given: Node | Operand, region: Region) -> Any:
     if isinstance(given, Node):
         return builder.proxy(given) if isinstance(value_of(given), Tensor) else _number(builder, given)
-    view = next(v for v in region.heads.values() if v.bias == given)
+    view = next(v for v in region.heads.values() if given in v.operands)
     return builder.operand(given, view.dtype)
 
 
@@ -219,9 +219,10 @@ class _Rows:
     """Between the shapes of the program, one dimension of rows first, and those of the graph."""
 
     def __init__(
-        self, emitted: Emitted, view: LogitsView, builder: Builder, heads: list[tuple[Any, Any]], shared: list[Any]
+        self, emitted: Emitted, region: Region, builder: Builder, heads: list[tuple[Any, Any]], shared: list[Any]
     ) -> None:
-        self._axes, self._builder = emitted.rows, builder
+        self._axes, self._builder, self._region = emitted.rows, builder, region
+        view = region.heads[emitted.heads[0]]
         self._device: torch.device = value_of(view.linear).device
         self._sizes: dict[Axis, Any] = {}
         for number, (size, dim) in enumerate(zip(view.row_shape, emitted.row_dims, strict=True)):
@@ -257,7 +258,7 @@ class _Rows:
             args = (size.node if isinstance(size, Proxy) else size,)
             x = builder.proxy(builder.graph.call_function(torch.arange, args, {"device": self._device}))
         else:
-            x = builder.proxy(given.node)
+            x = _proxy(builder, given.node, self._region)
         if not axes:
             return x
         present = [a for a in self._axes if any(a is b for b in axes)]
