@@ -28,8 +28,9 @@ from .emit import row_axes, row_shape
 from .found import REASONS, Exit, Large, Region
 from .numbers import ARITHMETIC, of_numbers, spelling
 from .operations import RULES, is_pointwise
-from .record import Head, Leaf, Recorder, Turned, Value
+from .record import Recorder
 from .split import Split, reduced, split_of
+from .value import Head, Leaf, Turned, Value
 
 
 def region_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any]) -> Region:

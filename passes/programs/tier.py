@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,9 +30,9 @@ from .axes import NotByRows, RowsMixed, resolved, rows_in
 from .emit import Emitted, emit
 from .found import Exit, Region
 from .linear import make_gradients_in_forward
-from .record import Turned
 from .region import followed, region_of
 from .sizes import Numbers
+from .value import Turned
 from .write import erase, write
 
 _log = logging.getLogger("cce_fx")
@@ -130,6 +132,19 @@ def _is_dear(head: Node, found: Trace, policy: Policy, needed: Collection[Node])
     return products > products_of(True, True) + 1
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage is looked for in here: all that a region is read into stays until its end, and each look goes over it again."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+@_without_collections()
 def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo, *, at_once: bool = False) -> RowPrograms:
     """Write row programs for the heads of a graph whose logits are still used, in place; `at_once` one for all of them, or none."""
     heads = _heads(found, policy)
