@@ -40,6 +40,7 @@ NAMES: dict[str, Private] = {
     "InductorWrapper": Private(
         "torch:_TorchCompileInductorWrapper", "what `backend='inductor'` is: the only reader of `mode=` and `options=`"
     ),
+    "weight_norm": Private("torch:_weight_norm", "what `torch.nn.utils.parametrizations.weight_norm` calls"),
     "lookup_backend": Private("torch._dynamo.backends.registry:lookup_backend", "`inner` may be any backend's name"),
     "BackendCompilerFailed": Private("torch._dynamo.exc:BackendCompilerFailed", "wraps an error of inductor's"),
     "RestartAnalysis": Private("torch._dynamo.exc:RestartAnalysis", "Dynamo's way to begin anew, no failure"),
@@ -157,6 +158,8 @@ ATTRIBUTES: dict[tuple[str, str], str] = {
     ("torch.nn:Module", "_backward_hooks"): "the same",
     ("torch.nn:Module", "_backward_pre_hooks"): "the same",
     ("torch.distributed.tensor:DTensor", "_local_tensor"): "whether a DTensor's piece is fake",
+    ("torch.fx:Graph", "_codegen"): "how a graph that is put back is written as Python",
+    ("torch.fx:Graph", "_tracer_cls"): "the same: what a copy of a graph keeps of it",
     ("torch.fx:Node", "_erased"): "whether a node is still in its graph",
     ("torch._ops:OpOverload", "_schema"): "an operator's name and which arguments it writes to",
     ("torch._ops:OpOverload", "_overloadname"): "an operator's functional form, and its name in a row program",

@@ -11,8 +11,10 @@ import copy
 import logging
 import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
 
 from .report import Declined, Report
 from .values import Decline, Reason
@@ -56,13 +58,13 @@ class Undo:
 
     def __init__(self, gm: GraphModule) -> None:
         self._gm: GraphModule = gm
-        self._graphs: list[tuple[GraphModule, Graph]] = []
+        self._graphs: list[tuple[GraphModule, _Written]] = []
 
     def remember(self) -> None:
         """To be called before a change; all but the first call do nothing."""
         if not self._graphs:
             modules = (m for m in self._gm.modules() if isinstance(m, GraphModule))
-            self._graphs = [(m, _copied(m.graph)) for m in modules]
+            self._graphs = [(m, _Written(m.graph)) for m in modules]
 
     @property
     def changed(self) -> bool:
@@ -71,19 +73,33 @@ class Undo:
 
     def restore(self) -> None:
         """Put them back; nothing where nothing was changed."""
-        for module, graph in self._graphs:
-            module.graph = graph
+        for module, written in self._graphs:
+            module.graph = written.graph()
         self._graphs = []
 
 
-def _copied(graph: Graph) -> Graph:
-    """A copy with everything that was noted at the nodes: Dynamo notes where an input comes from as an attribute."""
-    made = copy.deepcopy(graph)
-    for old, new in zip(graph.nodes, made.nodes, strict=True):
-        for name, value in vars(old).items():
-            if name not in vars(new):
-                setattr(new, name, value)
-    return made
+class _Written:
+    """A graph written down, from which it can be made again: that takes ten times as long, and is hardly ever asked for."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._empty: Graph = Graph(tracer_cls=graph._tracer_cls)
+        self._empty.set_codegen(copy.deepcopy(graph._codegen))
+        # Arguments are never changed in place, and other notes are few: Dynamo's of where an input comes from.
+        self._nodes: list[tuple[Any, ...]] = [
+            (n, n.op, n.target, n.args, n.kwargs, n.name, n.type, copy.copy(n.meta), dict(vars(n))) for n in graph.nodes
+        ]
+
+    def graph(self) -> Graph:
+        """The graph, with everything that was noted at its nodes."""
+        made: dict[Node, Node] = {}
+        for old, op, target, args, kwargs, name, kind, meta, noted in self._nodes:
+            args, kwargs = map_arg((args, kwargs), made.__getitem__)
+            new = made[old] = self._empty.create_node(op, target, args, kwargs, name, kind)
+            new.meta = meta
+            for key, value in noted.items():
+                if key not in vars(new):
+                    setattr(new, key, value)
+        return self._empty
 
 
 def failed(fault: Fault, graphs: int = 1) -> Report:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch._dynamo.utils import counters
 import cce_fx
 from cce_fx import row_op
 from cce_fx.functional import Output, RowProgram
+from cce_fx.passes.programs.runs import runs_alike
 from tests import row_losses
 from tests.helpers import assert_no_worse
 from tests.row_losses import LOSSES, MIXED, Data, Heads, Loss, data
@@ -244,6 +246,41 @@ def test_operators(early: bool) -> None:
     want = torch.logsumexp((hidden @ weight.T) * rows[:, None], -1)
     (got,) = torch.ops.cce.rows([hidden], [weight], [rows], [], program, None, False)
     torch.testing.assert_close(got, want)
+
+
+def test_only_runs_that_do_the_same_are_alike() -> None:
+    a, b = (torch.empty(4, 6, device="meta") for _ in range(2))
+
+    def key(function: Any, *args: Any) -> Any:
+        return runs_alike(function, args, {}, [t for t in args if isinstance(t, Tensor)])
+
+    assert key(torch.mul, a, 2.0) == key(torch.mul, b, 2.0) is not None
+    assert key(torch.mul, a, 0.0) != key(torch.mul, a, -0.0)
+    assert key(torch.mul, a, 1) != key(torch.mul, a, True)
+    assert key(torch.mul, a, a) != key(torch.mul, a, b)
+    assert key(torch.mul, a, b.t().contiguous().t()) != key(torch.mul, a, b)
+    assert key(operator.getitem, a, [0, 1]) is None or key(operator.getitem, a, [0, 1]) != key(
+        operator.getitem, a, (0, 1)
+    )
+    assert key(torch.mul, a, torch.ones(())) is None, "whose number it may look at"
+    assert key(lambda t: t, a) is None, "which may look at anything"
+
+
+def the_same_operations_many_times(h: Heads, d: Data) -> Tensor:
+    """With other numbers, and with one tensor in the place of two."""
+    z = h.s(d.x)
+    for number in (2.0, 0.5, 2.0):
+        z = torch.mul(z, number).tanh().view(-1, z.size(-1))
+        z = torch.where(z > 0.1, z, z.neg()) + torch.sub(z, z.amax(-1, keepdim=True)) * torch.mul(z, z)
+    return z.softmax(-1).square().sum(-1).mean()
+
+
+def test_operations_that_were_noted_before(heads: Heads) -> None:
+    loss = the_same_operations_many_times
+    report = cce_fx.explain(loss, heads, data(), options=cce_fx.Options(**OPTIONS))
+    assert [(r.tier, r.logits) for r in report.rewritten] == [("rows", "unused")]
+    torch._dynamo.reset()
+    check(loss, data(), heads, torch.compile(loss, backend="cce", options=OPTIONS))
 
 
 def test_the_losses_differ_from_each_other() -> None:

@@ -29,6 +29,7 @@ SAMPLES = {
     "torch.nn:Module": torch.nn.Linear(1, 1),
     "torch.distributed.tensor:DTensor": DTensor,
     "torch.fx.experimental.symbolic_shapes:ShapeEnv": ShapeEnv(),
+    "torch.fx:Graph": torch.fx.Graph(),
     "torch.fx:Node": next(iter(torch.fx.symbolic_trace(torch.nn.Linear(1, 1)).graph.nodes)),
     "torch._ops:OpOverload": torch.ops.aten.mm.default,
     "torch._ops:OpOverloadPacket": torch.ops.aten.mm,

@@ -41,6 +41,11 @@ Dim = tuple[Axis, ...]
 
 def resolved(dim: Dim) -> Dim:
     """The axes of a dimension as they are now."""
+    for axis in dim:
+        if axis.joined is not None or axis.parts:
+            break
+    else:
+        return dim
     found: list[Axis] = []
     for axis in dim:
         while axis.joined is not None:
@@ -141,5 +146,5 @@ def regrouped(dims: Sequence[Dim], sizes: Sequence[int]) -> list[Dim]:
 
 def distinct(dims: Sequence[Dim]) -> bool:
     """Whether no axis lies along two dimensions of one tensor, as in the diagonal of rows against rows."""
-    axes = [id(axis) for dim in dims for axis in resolved(dim)]
+    axes = [axis for dim in dims for axis in resolved(dim)]
     return len(axes) == len(set(axes))

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ...functional import Output, RowProgram
 from ..values import Operand
 from .axes import Axis, Dim, NotByRows, RowsMixed, distinct, is_row, others_in, resolved, rows_in, size_of
-from .record import Aligned, At, Chosen, Head, Leaf, Made, Order, Places, Product, Shape, Turned, Value
+from .value import Aligned, At, Chosen, Head, Leaf, Made, Order, Places, Product, Shape, Turned, Value
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def emit(outputs: Sequence[Value]) -> Emitted:
         raise NotByRows("no head is read")
     rows = tuple(row_axes(heads[0].dims))
     known = {id(axis) for axis in rows}
-    for value in order:
-        if not distinct(value.dims):
+    for dims in dict.fromkeys(tuple(value.dims) for value in order):
+        if not distinct(dims):
             raise RowsMixed("rows lie along two dimensions of one tensor")
-        if any(id(axis) not in known for axis in row_axes(value.dims)):
+        if any(id(axis) not in known for axis in row_axes(dims)):
             raise NotByRows("heads with different rows")
     if any(row_axes(v.dims) != list(rows) for v in heads):
         raise NotByRows("heads with different rows")
@@ -156,6 +156,7 @@ class _Writer:
         self.code: list[tuple[str, Any, Any]] = []
         self.inputs: dict[int, Any] = {}  # names of heads and leaves
         self._names: dict[int, Any] = {}  # of everything, by where it comes from
+        self._gone: dict[Any, list[int]] = {}  # the dimensions that a value loses beside results of some dimensions
 
     def named(self, value: Value) -> Any:
         name = self._names[_key(value)]
@@ -208,6 +209,8 @@ class _Writer:
         return self._append("aten.reshape.default", [name, list(row_shape(value.dims))], {})
 
     def _argument(self, a: Any) -> Any:
+        if a is None or isinstance(a, (bool, int, float, str)):
+            return a
         match a:
             case Value():
                 return self.named(a)
@@ -232,16 +235,17 @@ class _Writer:
                 return {"dtype": str(a).removeprefix("torch.")}
             case list() | tuple():
                 return [self._argument(i) for i in a]
-            case None | bool() | int() | float() | str():
-                return a
         raise NotByRows(f"an argument of type {type(a).__name__}")
 
     def _aligned(self, a: Aligned) -> Any:
-        name, dims, rank = self.named(a.value), a.value.dims, len(a.value.dims)
-        beside = list(a.dims)[len(a.dims) - rank :] if len(a.dims) >= rank else list(dims)
-        there = kept(dims)
-        gone = [there.index(n) for n in range(rank) if not dims[n] and is_row(beside[n])]
-        return self._append("aten.squeeze.dims", [name, gone], {}) if gone else name
+        name, key = self.named(a.value), (tuple(a.value.dims), tuple(a.dims))
+        if key not in self._gone:
+            dims, rank = a.value.dims, len(a.value.dims)
+            beside = list(a.dims)[len(a.dims) - rank :] if len(a.dims) >= rank else list(dims)
+            there = kept(dims)
+            self._gone[key] = [there.index(n) for n in range(rank) if not dims[n] and is_row(beside[n])]
+        gone = self._gone[key]
+        return self._append("aten.squeeze.dims", [name, list(gone)], {}) if gone else name
 
     def _equation(self, a: Product) -> str:
         words = []

@@ -9,8 +9,8 @@ from torch.fx import Node
 
 from ..values import LogitsView, Reason
 from .axes import OwnGradient, RowsMixed
-from .record import Turned, Value
 from .split import Split
+from .value import Turned, Value
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from ..rewriter import after_product
 from ..values import Form, LogitsView, Operand, Scale, example_size, value_of
 from .axes import Axis, Dim, fresh
 from .numbers import spelling
-from .record import Head, Leaf, Recorder, Turned, Value
+from .record import Recorder
+from .value import Head, Leaf, Turned, Value
 
 _FEWER = 4  # times fewer rows than classes, for which the classes are tried as the rows
 

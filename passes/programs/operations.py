@@ -14,7 +14,9 @@ import torch
 
 from ..._torch import OpOverload
 from .axes import Dim, NotByRows, fresh, join, mix, regrouped, resolved, rows_in, size_of
-from .record import PRODUCTS, Aligned, At, Call, Chosen, Made, Order, Places, Product, Shape, Value, name_of
+from .call import Call, signature
+from .record import PRODUCTS
+from .value import Aligned, At, Chosen, Made, Order, Places, Product, Shape, Value
 
 RULES: dict[str, Callable[[Call], list[Value]]] = {}
 _ALSO_POINTWISE = {"where", "masked_fill", "clamp", "lerp", "_to_copy", "isin", "nan_to_num", "heaviside"}
@@ -22,7 +24,7 @@ _ALSO_POINTWISE = {"where", "masked_fill", "clamp", "lerp", "_to_copy", "isin", 
 
 def is_pointwise(func: OpOverload) -> bool:
     """Whether every place of an operation's result depends on the same places of its arguments, broadcast."""
-    return torch.Tag.pointwise in func.tags or name_of(func) in _ALSO_POINTWISE
+    return torch.Tag.pointwise in func.tags or signature(func).name in _ALSO_POINTWISE
 
 
 def _rule(*names: str) -> Callable[[Callable[[Call], list[Value]]], Callable[[Call], list[Value]]]:

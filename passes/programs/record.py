@@ -9,15 +9,11 @@ until the region ends, a dimension may still turn out to be rows.
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
 
 from ..._torch import (
     FakeTensorMode,
@@ -26,103 +22,10 @@ from ..._torch import (
     decomposition_table,
     disable_modes,
 )
-from ..values import Operand
-from .axes import Dim, NotByRows, RowsMixed, distinct
-
-
-@dataclass(frozen=True)
-class Turned:
-    """A head whose rows are the classes of a product, and its classes the rows."""
-
-    node: Node
-
-
-@dataclass(frozen=True, eq=False)
-class Head:
-    """The product of a head: one of the program's inputs, made for some rows at a time."""
-
-    node: Node | Turned
-
-
-@dataclass(frozen=True, eq=False)
-class Leaf:
-    """A tensor of the graph, or a head's bias, that the region reads and does not make."""
-
-    node: Node | Operand
-
-
-@dataclass(frozen=True, eq=False)
-class Places:
-    """0, 1, 2, ... along a dimension."""
-
-
-@dataclass(frozen=True, eq=False)
-class Made:
-    """What an operation returns; its arguments hold values, and marks for what depends on which dimensions are rows."""
-
-    operation: str
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(eq=False)
-class Value:
-    """A tensor of a region."""
-
-    dims: list[Dim]
-    dtype: torch.dtype
-    source: Head | Leaf | Places | Made
-    index: int | None = None  # which of the source's results
-    grad: bool = False  # whether a gradient flows through it
-
-
-@dataclass(frozen=True)
-class At:
-    """The number of a dimension in a row's value."""
-
-    dims: Sequence[Dim]
-    dim: int
-
-
-@dataclass(frozen=True)
-class Order:
-    """The order of a permuted tensor's dimensions in a row's value."""
-
-    dims: Sequence[Dim]
-    order: Sequence[int]
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes of a row's value."""
-
-    dims: Sequence[Dim]
-
-
-@dataclass(frozen=True)
-class Aligned:
-    """A value as broadcasting takes it beside results of these dimensions: without those of size 1 where they have rows."""
-
-    value: Value
-    dims: Sequence[Dim]
-
-
-@dataclass(frozen=True)
-class Product:
-    """The equation of a product of two values: a letter for each dimension."""
-
-    values: tuple[Value, Value]
-    letters: tuple[str, str, str]  # of both, and of the result
-    dims: Sequence[Dim]  # of the result
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """Index tensors, or None, for each dimension of a value: those of a row's value."""
-
-    dims: Sequence[Dim]
-    by_dim: tuple[Value | Aligned | None, ...]
-
+from .axes import NotByRows, RowsMixed, distinct
+from .call import Call, replaced, signature, tensors
+from .runs import Run, kinds, runs_alike
+from .value import Leaf, Made, Shape, Value
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mv", "dot", "addmv")
 
@@ -146,12 +49,29 @@ class Recorder(TorchDispatchMode):
         ] = {}  # of what, by which operation, and its arguments
         self._memory: dict[int, list[int]] = {}  # fakes by their storage
         self._known: dict[Any, Any] = {}  # results of operations, by the kinds of their arguments
+        self._runs: dict[Any, Run] = {}  # of functions of a graph, by the kinds of their arguments
+        self._run: Run | None = None  # that which is being noted
+        self._rule_of: dict[OpOverload, Any] = {}
         self.products: int = 0  # how many were recorded
 
     def run(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """What a function of a graph returns for arguments in which tensors are fake."""
+        given = tensors((args, kwargs))
+        key = None if self._fake_mode is not None else runs_alike(function, args, kwargs, given)
+        known = None if key is None else self._runs.get(key)
+        if known is not None:
+            return known.again(given, self._enter_results)
         with torch.no_grad(), self._fake_mode or contextlib.nullcontext(), self:
-            return function(*args, **kwargs)
+            if key is None:
+                return function(*args, **kwargs)
+            self._run = Run(given)
+            try:
+                out = function(*args, **kwargs)
+                if self._run is not None and self._run.ends(out):
+                    self._runs[key] = self._run
+                return out
+            finally:
+                self._run = None
 
     def empty(
         self, like: Tensor, dtype: torch.dtype, shape: Sequence[int], stride: Sequence[int] | None = None
@@ -191,71 +111,77 @@ class Recorder(TorchDispatchMode):
         value = self.value(fake)
         self._values[id(fake)] = Value(value.dims, value.dtype, Made("aten.detach.default", (value,)))
 
-    def new(
-        self, fake: Tensor, dims: Sequence[Dim], source: Any, index: int | None = None, grad: bool = False
-    ) -> Value:
-        """A result of an operation, checked against its fake."""
-        assert len(dims) == fake.dim(), (dims, fake.shape)
-        return Value(list(dims), fake.dtype, source, index, grad and fake.dtype.is_floating_point)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, given = kwargs or {}, _tensors((args, kwargs))
-        if self._fake_mode is None and (kwargs.get("device") is not None or (not given and _makes(func))):
+        kwargs, given, facts = kwargs or {}, tensors((args, kwargs)), signature(func)
+        if self._fake_mode is None and (kwargs.get("device") is not None or (not given and facts.makes)):
             kwargs = {**kwargs, "device": torch.device("meta")}
         out = self._result(func, args, kwargs)
-        made = _tensors(out)
+        made = tensors(out)
         if (not made and not given) or func.namespace == "prim":
             return out
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise NotByRows(f"`{func}` draws random numbers")
-        if func._schema.is_mutable:
+        run, self._run = self._run, None  # of what an operation is decomposed to nothing is noted
+        if facts.mutable:
             self._write(func, args, kwargs)
             return out
-        values = self._recorded(func, args, kwargs, out)
+        self._enter_results(func, args, kwargs, out, given)
+        if run is not None and self._rule(func) is not None and run.takes(func, args, kwargs, out):
+            self._run = run
+        return out
+
+    def _enter_results(self, func: OpOverload, args: Any, kwargs: Any, out: Any, given: Sequence[Tensor]) -> None:
+        """Note what an operation made of the tensors that it was given."""
+        made = tensors(out)
+        values = self._recorded(func, args, kwargs, made)
         for fake, value in zip(made, values, strict=True):
             if not any(fake is t for t in given):
                 self.enter(fake, value)
-                if func.is_view and fake is out:
+                if signature(func).view and fake is out:
                     self._views[id(fake)] = (args[0], func, args[1:])
-        return out
 
     def _result(self, func: Any, args: Any, kwargs: Any) -> Any:
         """What an operation returns. Of one tensor, not a view, it is remembered for arguments of the same kinds."""
-        if self._fake_mode is not None or func.is_view or func._schema.is_mutable:
+        facts = signature(func)
+        if self._fake_mode is not None or facts.view or facts.mutable:
             return func(*args, **kwargs)
-        key = func, _kinds(args), _kinds(kwargs)
+        key = func, kinds(args), kinds(kwargs)
         try:
             known = self._known.get(key)
         except TypeError:  # an argument without a hash
             return func(*args, **kwargs)
         if known is None:
             out = func(*args, **kwargs)
-            plain = type(out) is Tensor and out.device.type == "meta" and not any(out is t for t in _tensors(args))
+            plain = type(out) is Tensor and out.device.type == "meta" and not any(out is t for t in tensors(args))
             if plain and out._base is None:
                 self._known[key] = (out.shape, out.stride(), out.dtype)
             return out
         shape, stride, dtype = known
         return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
-    def _recorded(self, func: OpOverload, args: Any, kwargs: Any, out: Any) -> list[Value]:
-        name = name_of(func)
+    def _recorded(self, func: OpOverload, args: Any, kwargs: Any, out: list[Tensor]) -> list[Value]:
+        name = signature(func).name
         if name.startswith("nll_loss") and args[1].dtype not in (torch.int64, torch.uint8):
             raise NotByRows("targets that torch itself refuses, and its decomposition does not")
         if func.namespace != "aten":
             raise NotByRows(f"`{func}` is no operation of torch's own")
-        rule = self._rules.get(name)
+        rule = self._rule(func)
         self.products += name in PRODUCTS
-        if rule is None and self._is_pointwise(func):
-            rule = self._rules["pointwise"]
         if rule is not None:
-            args, kwargs = _replaced(args, self.value), _replaced(kwargs, self.value)
-            return list(rule(Call(self, func, args, kwargs, _tensors(out))))
+            args, kwargs = replaced(args, self.value), replaced(kwargs, self.value)
+            return list(rule(Call(func, args, kwargs, out)))
         decomposition = decomposition_table.get(func, func.decompose)
         with self:
             made = decomposition(*args, **kwargs)
         if made is NotImplemented:
             raise NotByRows(f"`{func}` is not known")
-        return [self.value(t) for t in _tensors(made)]
+        return [self.value(t) for t in tensors(made)]
+
+    def _rule(self, func: OpOverload) -> Callable[..., Any] | None:
+        if func not in self._rule_of:
+            pointwise = self._rules["pointwise"] if self._is_pointwise(func) else None
+            self._rule_of[func] = self._rules.get(signature(func).name, pointwise)
+        return self._rule_of[func]
 
     def _write(self, func: OpOverload, args: Any, kwargs: Any) -> None:
         """An operation in place is the one out of place, whose result takes the tensor's name."""
@@ -290,7 +216,7 @@ class Recorder(TorchDispatchMode):
 
 def _written_back(view: OpOverload, whole: Tensor, part: Tensor, rest: tuple[Any, ...]) -> Tensor:
     """What a tensor is after a view of it was written over."""
-    name, aten = name_of(view), torch.ops.aten
+    name, aten = signature(view).name, torch.ops.aten
     if name == "select":
         return aten.select_scatter.default(whole, part, *rest)
     if name == "slice":
@@ -302,99 +228,5 @@ def _written_back(view: OpOverload, whole: Tensor, part: Tensor, rest: tuple[Any
     raise NotByRows(f"a part of a tensor, by `{name}`, is written to")
 
 
-@functools.cache
-def _makes(func: OpOverload) -> bool:
-    """Whether an operation makes a tensor on a device that it is told."""
-    return any(a.name == "device" for a in func._schema.arguments)
-
-
-def name_of(func: OpOverload) -> str:
-    """An operation's name without its overload."""
-    return str(func.overloadpacket.__name__)
-
-
 def _memory_of(fake: Tensor) -> int:
     return fake.untyped_storage()._cdata
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors among arguments, or results, of aten operations: by hand, since torch's trees take longer than all else."""
-    if isinstance(tree, Tensor):
-        return [tree]
-    if isinstance(tree, dict):
-        tree = tree.values()
-    elif not isinstance(tree, (tuple, list)):
-        return []
-    return [t for x in tree for t in _tensors(x)]
-
-
-def _replaced(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Such arguments with the tensors replaced."""
-    if isinstance(tree, Tensor):
-        return function(tree)
-    if isinstance(tree, (tuple, list)):
-        return type(tree)([_replaced(x, function) for x in tree])
-    return {k: _replaced(v, function) for k, v in tree.items()} if isinstance(tree, dict) else tree
-
-
-def _kinds(argument: Any) -> Any:
-    """What the shape, strides and dtype of a result depend on: those of tensors, and everything else."""
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.device
-    if isinstance(argument, (tuple, list)):
-        return tuple(_kinds(a) for a in argument)
-    if isinstance(argument, dict):
-        return tuple((k, _kinds(v)) for k, v in argument.items())
-    return type(argument), argument
-
-
-def values_in(argument: Any) -> list[Value]:
-    """The values among the arguments of an operation as its rule sees them."""
-    if isinstance(argument, Value):
-        return [argument]
-    return [v for x in argument for v in values_in(x)] if isinstance(argument, (list, tuple)) else []
-
-
-class Call:
-    """An aten operation as its rule sees it: values in the place of tensors, arguments by name."""
-
-    def __init__(self, recorder: Recorder, func: OpOverload, args: Any, kwargs: Any, out: list[Tensor]) -> None:
-        self.name: str = name_of(func)
-        self.full: str = f"aten.{self.name}.{func._overloadname}"
-        self.out: list[Tensor] = out
-        self._recorder = recorder
-        schema = func._schema.arguments
-        given = dict(zip((a.name for a in schema), args, strict=False)) | dict(kwargs)
-        self.arguments: dict[str, Any] = {a.name: given.get(a.name, a.default_value) for a in schema}
-        self._by_name = {a.name for a in schema if a.kwarg_only}
-
-    @property
-    def values(self) -> list[Value]:
-        """Every tensor among the arguments."""
-        return [v for argument in self.arguments.values() for v in values_in(argument)]
-
-    def __getitem__(self, name: str) -> Any:
-        return self.arguments[name]
-
-    def dims(self, name: str = "dim", of: str = "self") -> list[int]:
-        """A dimension, or several, counted from the first; all where none is given."""
-        rank, given = len(self[of].dims), self.arguments.get(name)
-        if given is None or given == []:
-            return list(range(rank))
-        return [d % rank if rank else 0 for d in (given if isinstance(given, (list, tuple)) else [given])]
-
-    def written(self, /, **changed: Any) -> Made:
-        """The operation itself with arguments changed."""
-        arguments = self.arguments | changed
-        drop = {"device", "layout", "pin_memory", "memory_format", "non_blocking"}
-        args = tuple(v for k, v in arguments.items() if k not in self._by_name)
-        named = {k: v for k, v in arguments.items() if k in self._by_name and k not in drop and v is not None}
-        return Made(self.full, args, named)
-
-    def made(self, source: Made | Places, *dims: Sequence[Dim], grad: bool | None = None) -> list[Value]:
-        """The results, of these dimensions each, as an operation returns them."""
-        flows = any(v.grad for v in self.values) if grad is None else grad
-        numbers = itertools.count() if len(self.out) > 1 else itertools.repeat(None)
-        return [
-            self._recorder.new(fake, d, source, n, flows) for fake, d, n in zip(self.out, dims, numbers, strict=False)
-        ]

@@ -29,8 +29,9 @@ from .found import REASONS, Exit, Large, Region
 from .heads import begun, turned
 from .numbers import ARITHMETIC, of_numbers, spelling
 from .operations import RULES, is_pointwise
-from .record import Leaf, Recorder, Turned, Value
+from .record import Recorder
 from .split import Split, reduced, split_of
+from .value import Leaf, Turned, Value
 
 
 def region_of(graph: Graph, heads: dict[Node, LogitsView], found: Trace, sizes: Callable[[Any], Any]) -> Region:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
+from ..._torch import weight_norm
 from ..canonical import canonical, mutated_arguments
 from ..trace import storage_of
 from ..values import LogitsView, Operand, Scale, example_size, same, value_of
@@ -86,7 +87,7 @@ def _normalised(node: Node, classes: int) -> tuple[Node, tuple[Scale, ...]] | No
 
 def _weight_norm(node: Node, classes: int) -> tuple[Node, tuple[Scale, ...]] | None:
     """`torch._weight_norm(v, g, dim)`: v times g over its lengths along the other dimensions."""
-    if canonical(node) not in ("_weight_norm", torch._weight_norm) or len(node.args) < 2:
+    if canonical(node) not in ("_weight_norm", weight_norm) or len(node.args) < 2:
         return None
     (v, g), dim = node.args[:2], node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", 0)
     if not isinstance(v, Node) or not isinstance(g, Node) or not isinstance(dim, int) or dim % 2 != classes:

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -29,10 +31,10 @@ from .emit import Emitted, emit
 from .found import Exit, Region
 from .heads import is_better_turned, turned
 from .linear import make_gradients_in_forward
-from .record import Turned
 from .region import followed, region_of
 from .scales import unscaled
 from .sizes import Numbers
+from .value import Turned
 from .write import erase, write
 
 _log = logging.getLogger("cce_fx")
@@ -139,6 +141,19 @@ def _is_dear(head: Node, found: Trace, policy: Policy, needed: Collection[Node])
     return products > products_of(True, True) + 1
 
 
+@contextlib.contextmanager
+def _without_collections() -> Iterator[None]:
+    """No garbage is looked for in here: all that a region is read into stays until its end, and each look goes over it again."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
+
+
+@_without_collections()
 def cut_rows(gm: GraphModule, found: Trace, policy: Policy, undo: Undo, *, at_once: bool = False) -> RowPrograms:
     """Write row programs for the heads of a graph whose logits are still used, in place; `at_once` one for all of them, or none."""
     heads, through = _heads(found, policy), []

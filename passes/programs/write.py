@@ -21,8 +21,8 @@ from ..values import Operand, value_of
 from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
 from .emit import Emitted, RowInput, emit, kept
 from .found import Exit, Region
-from .record import Turned
 from .sizes import without_numbers
+from .value import Turned
 
 
 def write(

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tensors of a region: their dimensions, what they are made of, and marks for what depends on which dimensions are rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from ..values import Operand
+from .axes import Dim
+
+
+@dataclass(frozen=True)
+class Turned:
+    """A head whose rows are the classes of a product, and its classes the rows."""
+
+    node: Node
+
+
+@dataclass(frozen=True, eq=False)
+class Head:
+    """The product of a head: one of the program's inputs, made for some rows at a time."""
+
+    node: Node | Turned
+
+
+@dataclass(frozen=True, eq=False)
+class Leaf:
+    """A tensor of the graph, or a head's bias, that the region reads and does not make."""
+
+    node: Node | Operand
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """0, 1, 2, ... along a dimension."""
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What an operation returns; its arguments hold values, and marks for what depends on which dimensions are rows."""
+
+    operation: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of a region."""
+
+    dims: list[Dim]
+    dtype: torch.dtype
+    source: Head | Leaf | Places | Made
+    index: int | None = None  # which of the source's results
+    grad: bool = False  # whether a gradient flows through it
+
+
+@dataclass(frozen=True)
+class At:
+    """The number of a dimension in a row's value."""
+
+    dims: Sequence[Dim]
+    dim: int
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of a permuted tensor's dimensions in a row's value."""
+
+    dims: Sequence[Dim]
+    order: Sequence[int]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The sizes of a row's value."""
+
+    dims: Sequence[Dim]
+
+
+@dataclass(frozen=True)
+class Aligned:
+    """A value as broadcasting takes it beside results of these dimensions: without those of size 1 where they have rows."""
+
+    value: Value
+    dims: Sequence[Dim]
+
+
+@dataclass(frozen=True)
+class Product:
+    """The equation of a product of two values: a letter for each dimension."""
+
+    values: tuple[Value, Value]
+    letters: tuple[str, str, str]  # of both, and of the result
+    dims: Sequence[Dim]  # of the result
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Index tensors, or None, for each dimension of a value: those of a row's value."""
+
+    dims: Sequence[Dim]
+    by_dim: tuple[Value | Aligned | None, ...]
