@@ -3,8 +3,7 @@
 
 Each is a student's head of hidden size D with its loss, forward and backward, in float32. Time is the median of interleaved
 rounds, memory what a step holds at its peak beyond the inputs and the gradients, exact; the first call is the compiler's work and
-a step. Liger's loss is its chunked one, of torch alone, where it has one and `liger-kernel` is installed. Last, the time that the
-pass takes to read a long chain of operations between a head and its loss.
+a step. Liger's loss is its chunked one, of torch alone, where it has one and `liger-kernel` is installed.
 """
 
 from __future__ import annotations
@@ -24,14 +23,10 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.fx import Graph, GraphModule
 
 from benchmarks.measure import interleaved, peak_bytes
 from benchmarks.pictures import draw_programs
 from benchmarks.store import describe, machine
-from cce_fx.passes import Policy, fakes
-from cce_fx.passes.faults import Undo
-from cce_fx.passes.pipeline import apply
 
 BACKENDS = ("eager", "inductor", "cce", "liger")
 Loss = Callable[[nn.Module, nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -185,38 +180,6 @@ def row(name: str, found: dict[str, Any], backends: list[str]) -> list[str]:
     return [name, "x".join(map(str, found["shape"])), *cells]
 
 
-def reading(operations: int, rounds: int) -> float:
-    """Seconds that the pass takes for a graph of a head, that many operations on its logits and their sum: the median."""
-    found = []
-    for _ in range(rounds):
-        gm = chain(operations)
-        begin = time.perf_counter()
-        report, _ = apply(gm, Policy(min_vocab=0), Undo(gm))
-        found.append(time.perf_counter() - begin)
-        assert [r.tier for r in report.rewritten] == ["rows"]
-    return statistics.median(found)
-
-
-def chain(operations: int) -> GraphModule:
-    """That graph, with the example values that Dynamo's nodes carry."""
-    graph, (n, d, v) = Graph(), (64, 16, 1000)
-    z = graph.call_function(F.linear, tuple(graph.placeholder(name) for name in ("hidden", "weight")))
-    kinds: list[tuple[Any, tuple[Any, ...]]] = [
-        (torch.tanh, ()),
-        (torch.mul, (0.5,)),
-        (torch.add, (1.0,)),
-        (torch.softmax, (-1,)),
-        (torch.Tensor.view, (n, v)),
-    ]
-    for number in range(operations):
-        function, args = kinds[number % len(kinds)]
-        z = graph.call_function(function, (z, *args))
-    graph.output((graph.call_function(torch.mean, (graph.call_function(torch.logsumexp, (z, -1)),)),))
-    gm = GraphModule(nn.Module(), graph)
-    fakes.ensure(gm, [torch.empty(n, d, requires_grad=True), torch.empty(v, d)])
-    return gm
-
-
 def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(
         "python -m benchmarks programs", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -225,9 +188,6 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--scale", type=int, default=1, help="divides every size, for a try")
-    parser.add_argument(
-        "--operations", type=int, default=2000, help="between a head and its loss, for the time of the pass"
-    )
     parser.add_argument("--json", type=Path, help="a run goes on with the losses that are not in it")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args(arguments)
@@ -245,8 +205,6 @@ def main(arguments: list[str]) -> None:
                 args.json.write_text(json.dumps(found, indent=1))
         table.add_row(*row(name, found[name], names))
     Console(width=200).print(table)
-    took = reading(args.operations, args.rounds)
-    print(f"the pass reads {args.operations:,} operations between a head and its loss in {took * 1e3:.0f} ms")
     if args.picture:
         draw_programs(
             {TITLES[name]: found[name] for name in LOSSES if name in found}, describe(machine()), args.picture

@@ -220,12 +220,12 @@ def test_programs_compares_losses_of_the_rows(tmp_path: Path, capsys: pytest.Cap
     path = tmp_path / "programs.json"
     names = "kl,metrics"
     main(
-        f"programs --scale 64 --rounds 1 --operations 20 --only {names} --backends eager,cce,liger --json {path} "
+        f"programs --scale 64 --rounds 1 --only {names} --backends eager,cce,liger --json {path} "
         f"--picture {tmp_path / 'programs.png'}".split()
     )
     found = json.loads(path.read_text())
     out = capsys.readouterr().out
-    assert "metrics" in out and "the pass reads 20 operations" in out and (tmp_path / "programs.png").stat().st_size > 0
+    assert "metrics" in out and (tmp_path / "programs.png").stat().st_size > 0
     for each in found.values():
         assert abs(each["losses"]["cce"] - each["losses"]["eager"]) < 1e-4
         assert each["peaks"]["cce"] < each["peaks"]["eager"]
