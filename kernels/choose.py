@@ -41,7 +41,7 @@ def choose(problem: Problem) -> Kernel:
 def products(weight: Tensor, block: int, rows: int) -> Products:
     """The products of a head with a weight (V, D), for blocks of `block` of its `rows` rows."""
     native = _folder("native.products")
-    on_cpu = weight.device.type == "cpu" and weight.numel() > 0 and native.serves(weight.dtype, block)
+    on_cpu = weight.device.type == "cpu" and weight.numel() > 0 and native.serves(weight.dtype, block, weight.shape[0])
     if on_cpu and _folder("native").serves(weight.dtype, rows * weight.shape[0]):
         return native.NativeProducts(weight, block)  # type: ignore[no-any-return]
     return _folder("portable.products").PortableProducts(weight, block)  # type: ignore[no-any-return]

@@ -17,9 +17,13 @@ from .plan import FILL, MOST_THREADS, Plan
 from .run import steps_taken
 
 
-def serves(dtype: torch.dtype, rows: int) -> bool:
-    """Whether there is code for blocks of so many rows."""
-    return dtype == torch.float32 and rows % FILL == 0 and compiled(dtype) is not None
+_WIDER = 8  # times more classes than rows of a block, from which a BLAS library loses to its copies of the weight
+
+
+def serves(dtype: torch.dtype, rows: int, classes: int) -> bool:
+    """Whether there is code for blocks of so many rows, and they are few beside the classes."""
+    few = rows % FILL == 0 and _WIDER * rows <= classes
+    return dtype == torch.float32 and few and compiled(dtype) is not None
 
 
 class NativeProducts:

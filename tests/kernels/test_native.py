@@ -313,6 +313,12 @@ def test_products_of_a_block(count: int, shape: tuple[int, int, int], layout: st
         assert torch.equal(made.tile, given)
 
 
+@needs_code
+def test_a_block_of_few_rows_is_the_codes_and_one_as_wide_as_the_classes_a_blas_librarys() -> None:
+    made = [choose.products(torch.empty(classes, 16), 64, 1 << 20) for classes in (512, 511)]
+    assert [isinstance(m, products.NativeProducts) for m in made] == [True, False]
+
+
 def close(found: torch.Tensor, exact: torch.Tensor) -> None:
     assert (found - exact).abs().max() <= 1e-5 * exact.abs().max()
 
