@@ -16,7 +16,6 @@ from .library import Head, compiled
 from .plan import FILL, MOST_THREADS, Plan
 from .run import steps_taken
 
-
 _WIDER = 8  # times more classes than rows of a block, from which a BLAS library loses to its copies of the weight
 
 
