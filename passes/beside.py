@@ -16,10 +16,9 @@ from torch.fx import GraphModule, Node
 
 from ..functional import LIKELIEST, tells_likeliest
 from ..kernels.spec import Epilogue
-from .canonical import mutated_arguments
 from .fakes import propagate
 from .sharded import has_sharded_head
-from .trace import Trace, storage_of, switched_off
+from .trace import Trace, switched_off, written_between
 from .values import Candidate, LogitsView, LossSite, Operand, Result, value_of
 
 # Steps that leave rows in their order.
@@ -122,10 +121,4 @@ def _place(reading: Node, loss: Candidate, order: dict[Node, int], off: dict[Nod
     inputs += [n for n in (loss.target, loss.class_weight) if n is not None]
     if any(order.get(n, -1) >= order[place] for n in inputs):
         return None
-    memory = {storage_of(n) for n in inputs} - {None}
-    node = place
-    while node is not anchor:
-        if any(storage_of(n) in memory for n in mutated_arguments(node)):
-            return None
-        node = node.next
-    return place
+    return None if written_between(inputs, place, anchor) else place

@@ -7,6 +7,7 @@ so a loss after it sees no view, and a loss before it is unaffected.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,6 +125,17 @@ def storage_of(node: Node | None) -> int | None:
     if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
         return None
     return value.untyped_storage()._cdata
+
+
+def written_between(nodes: Iterable[Node], first: Node, last: Node) -> bool:
+    """Whether the memory of some nodes is written to by the nodes from one on, up to another."""
+    memory = {storage_of(n) for n in nodes} - {None}
+    node = first
+    while node is not last:
+        if any(storage_of(n) in memory for n in mutated_arguments(node)):
+            return True
+        node = node.next
+    return False
 
 
 def written_inputs(graph: Graph) -> list[int]:

@@ -348,8 +348,20 @@ FAULTS = [
     Fault(
         "a loss is written before its target is changed",
         "passes/beside.py",
-        "if any(storage_of(n) in memory for n in mutated_arguments(node)):",
-        "if False:",
+        "return None if written_between(inputs, place, anchor) else place",
+        "return place",
+    ),
+    Fault(
+        "a scaled weight that is written over is seen through",
+        "passes/programs/scales.py",
+        "not through or written_between([*kept, *through], through[-1], view.linear)",
+        "not through",
+    ),
+    Fault(
+        "a run is repeated for the other sign of zero",
+        "passes/programs/runs.py",
+        "return type(argument), repr(argument)",
+        "return type(argument), argument",
     ),
     Fault(
         "a loss is written before its target",
@@ -398,7 +410,7 @@ def red(fault: Fault, where: Path) -> bool:
         if "beside" in fault.path or "functional" in fault.path:
             tests.insert(0, "tests/test_beside.py")
         if fault.path.startswith(("passes/programs", "cce_fx/row_op")):
-            tests = [f"tests/test_{name}.py" for name in ("row_programs", "changing_sizes", "forms")]
+            tests = [f"tests/test_{name}.py" for name in ("program_heads", "row_programs", "changing_sizes", "forms")]
         env = {**os.environ, "PYTHONPATH": str(where), "CCE_FX_PROGRAMS": "80"}
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]
         return subprocess.run(command, cwd=where, env=env, capture_output=True).returncode == 1

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..._torch import weight_norm
-from ..canonical import canonical, mutated_arguments
-from ..trace import storage_of
+from ..canonical import canonical
+from ..trace import written_between
 from ..values import LogitsView, Operand, Scale, example_size, same, value_of
 
 _TURNS = ("t", "T", "mT", "transpose", "permute")
@@ -41,7 +41,7 @@ def unscaled(view: LogitsView, heads: Collection[Node]) -> tuple[LogitsView, lis
         through.append(node)
         node, scales = found[0], (*found[1], *scales)
     kept = [node, *(n for scale in scales for n in scale.operand.nodes)]
-    if not through or _written([*kept, *through], through[-1], view.linear):
+    if not through or written_between([*kept, *through], through[-1], view.linear):
         return view, []
     return replace(view, weight=replace(view.weight, node=node), scales=scales), through
 
@@ -130,14 +130,3 @@ def _read_by(node: Node, hidden: Node, heads: Collection[Node]) -> bool:
         u in heads or ((canonical(u) in _TURNS or _scaled(u, 0) or _scaled(u, 1)) and _read_by(u, hidden, heads))
         for u in node.users
     )
-
-
-def _written(nodes: list[Node], first: Node, last: Node) -> bool:
-    """Whether memory of some nodes is written to from one node on, up to another."""
-    memory = {storage_of(n) for n in nodes} - {None}
-    at = first
-    while at is not last:
-        if any(storage_of(n) in memory for n in mutated_arguments(at)):
-            return True
-        at = at.next
-    return False
