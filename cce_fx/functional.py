@@ -25,6 +25,7 @@ from .row_op import HELD as HELD
 from .row_op import rows as rows_operator
 from .row_op import rows_wanted as rows_wanted
 from .row_op import rows_with_grads as rows_with_grads
+from .row_program import OWN_GRADIENT as OWN_GRADIENT
 from .row_program import Output as Output
 from .row_program import RowProgram as RowProgram
 

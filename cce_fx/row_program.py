@@ -4,6 +4,10 @@
 The text is the argument of the operators in `row_op.py`: compiled graphs that hold it can be kept on disk. It is JSON with
 the operations in order; a tensor is `{"head": n}`, `{"row": n}` (a value per row), `{"shared": n}` or `{"made": n}`. A number
 that depends on a size that is not fixed is `{"size": [kind of input, its number, dimension, times, over, plus]}`.
+
+The operation `own_gradient` has the arguments of an `autograd.Function` that are differentiable, its results, what its backward
+takes of the program, and `{"backward": {"code": ..., "grads": ...}}`, in whose code `{"taken": n}` is one of the latter and
+`{"grad": n}` the gradient of a result.
 """
 
 from __future__ import annotations
@@ -52,29 +56,8 @@ class RowProgram:
     def one_row(self, heads: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The outputs of one row: of its logits (V,) of each head, its values, and the shared tensors."""
         inputs = {"head": heads, "row": rows, "shared": shared}
-        made: list[Any] = []
-        device = heads[0].device
-
-        def value(x: Any) -> Any:
-            if isinstance(x, list):
-                return [value(i) for i in x]
-            if not isinstance(x, dict):
-                return x
-            ((kind, which),) = x.items()
-            if kind == "dtype":
-                return getattr(torch, which)
-            if kind == "size":
-                return _size({k: _shapes(v) for k, v in inputs.items()}, which)
-            if kind == "made":
-                return made[which[0]] if which[1] is None else made[which[0]][which[1]]
-            return inputs[kind][which]
-
-        for name, args, kwargs in self.code:
-            named = {k: value(v) for k, v in kwargs.items()}
-            if name in _ON_A_DEVICE:
-                named["device"] = device
-            made.append(operation(name)(*(value(a) for a in args), **named))
-        return tuple(value(o.value) for o in self.outputs)
+        shapes = {kind: _shapes(tensors) for kind, tensors in inputs.items()}
+        return tuple(_run(self.code, [o.value for o in self.outputs], inputs, shapes, heads[0].device))
 
     def output_shapes(
         self, weight: Sequence[Tensor], rows: Sequence[Tensor], shared: Sequence[Tensor]
@@ -92,6 +75,64 @@ class RowProgram:
         return torch.vmap(run, in_dims=empty)(*(g for g in given if g))
 
 
+def _run(
+    code: Sequence[Any], outputs: list[Any], inputs: dict[str, Any], shapes: dict[str, Any], device: torch.device
+) -> list[Any]:
+    """The outputs of some code for inputs by kind; `shapes` are those that sizes refer to."""
+    made: list[Any] = []
+
+    def value(x: Any) -> Any:
+        if isinstance(x, list):
+            return [value(i) for i in x]
+        if not isinstance(x, dict):
+            return x
+        ((kind, which),) = x.items()
+        if kind == "dtype":
+            return getattr(torch, which)
+        if kind == "size":
+            return _size(shapes, which)
+        if kind == "made":
+            return made[which[0]] if which[1] is None else made[which[0]][which[1]]
+        if kind == "backward":
+            return lambda taken, grads: _run(
+                which["code"], which["grads"], {"taken": taken, "grad": grads}, shapes, device
+            )
+        return inputs[kind][which]
+
+    for name, args, kwargs in code:
+        named = {k: value(v) for k, v in kwargs.items()}
+        if name in _ON_A_DEVICE:
+            named["device"] = device
+        made.append(operation(name)(*(value(a) for a in args), **named))
+    return value(outputs)
+
+
+class _OwnGradient(torch.autograd.Function):
+    """Results with the gradients that a function of the program's gives them, row by row or for a block."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(backward: Any, inputs: int, results: int, *tensors: Tensor) -> Any:
+        return tuple(t.clone() for t in tensors[inputs : inputs + results])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.backward, ctx.inputs, ctx.results, *tensors = inputs
+        ctx.save_for_backward(*tensors[ctx.inputs + ctx.results :])
+        ctx.mark_non_differentiable(*(t for t in output if not t.dtype.is_floating_point))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        taken = ctx.saved_tensors
+        found = ctx.backward(taken, grads)
+        return (None, None, None, *found, *[None] * (ctx.results + len(taken)))
+
+
+def _with_own_gradient(inputs: list[Tensor], results: list[Tensor], taken: list[Tensor], backward: Any) -> Any:
+    return _OwnGradient.apply(backward, len(inputs), len(results), *inputs, *results, *taken)
+
+
 def _shapes(tensors: Sequence[Tensor]) -> list[torch.Size]:
     return [t.shape for t in tensors]
 
@@ -107,15 +148,20 @@ def _filled(parts: Sequence[Any], given: Sequence[Any]) -> list[Any]:
     return [next(left) if g else () for g in given]
 
 
+OWN_GRADIENT = "own_gradient"
+
 # Operations that make a tensor from nothing.
 _ON_A_DEVICE = {"aten.full.default", "aten.arange.default", "aten.arange.start", "aten.arange.start_step"}
 
 
+_NOT_ATEN: dict[str, Callable[..., Any]] = {"einsum": torch.einsum, OWN_GRADIENT: _with_own_gradient}
+
+
 @functools.cache
 def operation(name: str) -> Any:
-    """`aten.sum.dim_IntList`, say; and `einsum`."""
-    if name == "einsum":
-        return torch.einsum
+    """`aten.sum.dim_IntList`, say; `einsum` and `own_gradient`."""
+    if name in _NOT_ATEN:
+        return _NOT_ATEN[name]
     _, packet, overload = name.split(".")
     return getattr(getattr(torch.ops.aten, packet), overload)
 

@@ -29,7 +29,7 @@ class Reason(enum.Enum):
     CLASS_DIM = "the loss is taken over a dimension that is not the vocabulary"
     CLASS_MIXED = "the vocabulary dimension is reshaped, cut or mixed on the way to the loss"
     ROWS_MIXED = "rows of the logits are mixed with each other on the way to the loss"
-    OWN_GRADIENT = "an autograd.Function between the linear layer and the loss has a gradient of its own"
+    OWN_GRADIENT = "an autograd.Function between the linear layer and the loss does not treat each row by itself"
     PROBABILITIES = "the target holds class probabilities, not class indices"
     TARGET = "the target is not an int64 tensor of one class index per row"
     CLASS_WEIGHT_GRAD = "the class weights require grad, which cross entropy does not differentiate"

@@ -290,6 +290,23 @@ def pairs_in_both_directions(h: Heads, d: Data) -> Tensor:
     return -(pairs * (z.softmax(0).log() + 0.0)).sum() - (pairs * z.tanh().log_softmax(1)).sum()
 
 
+class Doubled(torch.autograd.Function):
+    """A gradient that is not the operation's."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.tanh()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+@loss
+def a_gradient_of_its_own(h: Heads, d: Data) -> Tensor:
+    return Doubled.apply(h.s(d.x)).pow(2).sum(-1).mean()
+
+
 @mixed
 def both_directions_at_once(h: Heads, d: Data) -> Tensor:
     z = h.s(d.x)
@@ -354,23 +371,6 @@ def rolled(h: Heads, d: Data) -> Tensor:
 def a_marginal(h: Heads, d: Data) -> Tensor:
     p = h.s(d.x).softmax(-1).mean(0)
     return (p * p.log()).sum()
-
-
-class Doubled(torch.autograd.Function):
-    """A gradient that is not the operation's."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        return z.tanh()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return 2 * grad
-
-
-@mixed
-def a_gradient_of_its_own(h: Heads, d: Data) -> Tensor:
-    return Doubled.apply(h.s(d.x)).pow(2).sum(-1).mean()
 
 
 @mixed

@@ -11,10 +11,25 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from ...functional import Output, RowProgram
+from ...functional import OWN_GRADIENT, Output, RowProgram
 from ..values import Operand
 from .axes import Axis, Dim, NotByRows, RowsMixed, distinct, is_row, others_in, resolved, rows_in, size_of
-from .value import Aligned, At, Chosen, Head, Leaf, Made, Order, Places, Product, Shape, Turned, Value
+from .value import (
+    Aligned,
+    At,
+    Backward,
+    Chosen,
+    Cotangent,
+    Head,
+    Leaf,
+    Made,
+    Order,
+    Places,
+    Product,
+    Shape,
+    Turned,
+    Value,
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +99,7 @@ def emit(outputs: Sequence[Value]) -> Emitted:
         raise NotByRows("no head is read")
     rows = tuple(row_axes(heads[0].dims))
     known = {id(axis) for axis in rows}
-    for dims in dict.fromkeys(tuple(value.dims) for value in order):
+    for dims in dict.fromkeys(tuple(value.dims) for value in _in_order(outputs, backward=True)):
         if not distinct(dims):
             raise RowsMixed("rows lie along two dimensions of one tensor")
         if any(id(axis) not in known for axis in row_axes(dims)):
@@ -104,17 +119,40 @@ def emit(outputs: Sequence[Value]) -> Emitted:
     return found
 
 
-def _read(argument: Any) -> list[Value]:
-    """The values in an argument."""
+def _read(argument: Any, backward: bool = False) -> list[Value]:
+    """The values in an argument; of a backward those that it takes from outside, or with `backward` its results."""
     if isinstance(argument, Value):
         return [argument]
+    if isinstance(argument, Backward):
+        return list(argument.grads) if backward else _taken(argument)
     if isinstance(argument, Aligned):
         return [argument.value]
     if isinstance(argument, Chosen):
-        return [v for i in argument.by_dim for v in _read(i)]
+        return [v for i in argument.by_dim for v in _read(i, backward)]
     if isinstance(argument, (list, tuple)):
-        return [v for a in argument for v in _read(a)]
+        return [v for a in argument for v in _read(a, backward)]
     return []
+
+
+def _made_of(value: Value, backward: bool = False) -> list[Value]:
+    source = value.source
+    return _read((*source.args, *source.kwargs.values()), backward) if isinstance(source, Made) else []
+
+
+def _depending(backward: Backward) -> dict[int, Value]:
+    """What a backward makes of the gradients that it is given, in order, by id."""
+    found: dict[int, Value] = {}
+    for value in _in_order(backward.grads):
+        if isinstance(value.source, Cotangent) or any(id(v) in found for v in _made_of(value)):
+            found[id(value)] = value
+    return found
+
+
+def _taken(backward: Backward) -> list[Value]:
+    """What a backward reads and does not make: values that are there without the gradients that it is given."""
+    inside = _depending(backward)
+    read = [v for value in inside.values() for v in _made_of(value)] + list(backward.grads)
+    return list({id(v): v for v in read if id(v) not in inside}.values())
 
 
 def _flowing(outputs: Sequence[Value], writer: _Writer) -> set[Any]:
@@ -127,15 +165,15 @@ def _flowing(outputs: Sequence[Value], writer: _Writer) -> set[Any]:
             continue
         seen.add(id(value))
         if isinstance(value.source, Made):
-            stack += [v for v in _read((*value.source.args, *value.source.kwargs.values())) if v.grad]
+            stack += [v for v in _made_of(value) if v.grad]
         else:
             ((kind, number),) = writer.inputs[_key(value)].items()
             found.add((kind, number))
     return found
 
 
-def _in_order(outputs: Sequence[Value]) -> list[Value]:
-    """Everything that values are made of, each after what it is made of."""
+def _in_order(outputs: Sequence[Value], backward: bool = False) -> list[Value]:
+    """Everything that values are made of, each after what it is made of; with `backward` what backwards make, too."""
     found: dict[int, Value] = {}
     stack = [(v, False) for v in reversed(outputs)]
     while stack:
@@ -146,7 +184,7 @@ def _in_order(outputs: Sequence[Value]) -> list[Value]:
             found[id(value)] = value
             continue
         stack.append((value, True))
-        stack += [(v, False) for v in _read((*value.source.args, *value.source.kwargs.values())) if id(v) not in found]
+        stack += [(v, False) for v in _made_of(value, backward) if id(v) not in found]
     return list(found.values())
 
 
@@ -183,6 +221,8 @@ class _Writer:
             kwargs = {k: self._argument(v) for k, v in source.kwargs.items()}
             if source.operation == "einsum":
                 args = [args[0], *args[1]]
+            if source.operation == OWN_GRADIENT:
+                args = [*args[:2], *args[2]]
             self._names[key] = self._append(source.operation, args, kwargs)
 
     def _append(self, operation: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -231,6 +271,8 @@ class _Writer:
                 ]
             case Product():
                 return self._equation(a)
+            case Backward():
+                return self._backward(a)
             case torch.dtype():
                 return {"dtype": str(a).removeprefix("torch.")}
             case list() | tuple():
@@ -247,12 +289,38 @@ class _Writer:
         gone = self._gone[key]
         return self._append("aten.squeeze.dims", [name, list(gone)], {}) if gone else name
 
+    def _backward(self, a: Backward) -> Any:
+        """The names of what a backward takes, and its code."""
+        inner = _BackwardWriter(self.found, _taken(a))
+        for value in _depending(a).values():
+            inner.write(value)
+        grads = [inner.named(g) for g in a.grads]
+        return [[self.named(v) for v in inner.taken], {"backward": {"code": inner.code, "grads": grads}}]
+
     def _equation(self, a: Product) -> str:
         words = []
         for letters, dims in zip(a.letters, (a.values[0].dims, a.values[1].dims, a.dims), strict=True):
             there = kept(dims)
             words.append("".join(letter for n, letter in enumerate(letters) if n in there))
         return f"{words[0]},{words[1]}->{words[2]}"
+
+
+class _BackwardWriter(_Writer):
+    """Of the code of a backward, which reads the values that it takes and the gradients that it is given."""
+
+    def __init__(self, found: Emitted, taken: list[Value]) -> None:
+        super().__init__(found)
+        self.taken: list[Value] = taken
+        self._numbers = {id(v): n for n, v in enumerate(taken)}
+
+    def named(self, value: Value) -> Any:
+        if isinstance(value.source, Cotangent):
+            return {"grad": value.source.number}
+        return {"taken": n} if (n := self._numbers.get(id(value))) is not None else super().named(value)
+
+    def write(self, value: Value) -> None:
+        if not isinstance(value.source, Cotangent):
+            super().write(value)
 
 
 def _key(value: Value) -> int:

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from ..._torch import tree_leaves
-from ...functional import rows_with_grads, statistics_dtype
+from ...functional import RowProgram, rows_with_grads, statistics_dtype
 from ..canonical import CASTS, canonical, mutated_arguments
 from ..fakes import WouldGuard, propagate
 from ..rewriter import Builder, erase_unused
 from ..values import same, value_of
+from .own_gradient import is_in_proportion
 
 
 class _NotKnown(Exception):
@@ -133,7 +134,7 @@ def make_gradients_in_forward(gm: GraphModule, call: Node) -> bool:
     """Turn a call of `cce::rows` into one of `cce::rows_with_grads`, in place; whether that is possible."""
     outputs = [u for u in call.users if u.target is operator.getitem]
     flowing = {u for u in outputs if value_of(u).requires_grad}
-    if not flowing:
+    if not flowing or not is_in_proportion(RowProgram.of(str(call.args[4]))):
         return False
     roots = set(flowing)
     after = False

@@ -23,12 +23,14 @@ from ..canonical import CHECKS, canonical, mutated_arguments
 from ..decide import row_count
 from ..trace import Trace
 from ..values import Form, LogitsView, Reason, constant, value_of
-from .axes import NotByRows, OwnGradient, RowsMixed, fresh, rows_in
+from .axes import NotByRows, RowsMixed, fresh, rows_in
+from .call import tensors
 from .emit import row_axes, row_shape
 from .found import REASONS, Exit, Large, Region
 from .heads import begun, turned
 from .numbers import ARITHMETIC, of_numbers, spelling
 from .operations import RULES, is_pointwise
+from .own_gradient import call_function, graphs_of, is_function
 from .record import Recorder
 from .split import Split, reduced, split_of
 from .value import Leaf, Turned, Value
@@ -163,7 +165,7 @@ class _Reader:
             elif node in self._heads:
                 raise NotByRows("a product that cannot be turned")
             elif node in self._inside and self._is_large(node):
-                out = self._recorder.run(*self._call(node, self._turned))
+                out = self._record(node, self._turned)
                 self._check(out, value_of(node))
                 self._other_way[node] = out
             else:
@@ -210,7 +212,7 @@ class _Reader:
             return False
         try:
             products = self._recorder.products
-            out = self._recorder.run(*self._call(node, self._argument))
+            out = self._record(node, self._argument)
         except Exception:  # left to the graph, which computes it whatever it is
             return False
         if self._recorder.products > products or not isinstance(out, Tensor):
@@ -252,7 +254,7 @@ class _Reader:
 
     def _run(self, node: Node) -> None:
         products = self._recorder.products
-        out = self._either_way(lambda argument: self._recorder.run(*self._call(node, argument)))
+        out = self._either_way(lambda argument: self._record(node, argument))
         if self._recorder.products > products and not any(self._is_large(n) for n in node.all_input_nodes):
             raise NotByRows("a product of what has no classes any more")
         self._check(out, value_of(node))
@@ -275,14 +277,19 @@ class _Reader:
             self._values = before
             raise
 
+    def _record(self, node: Node, argument: Callable[[Node], Any]) -> Any:
+        """What a node's function returns, given what the arguments are."""
+        if is_function(node) and node not in self._transformed:
+            self._found.pulled += [n for n in graphs_of(node) if n not in self._found.pulled]
+            return call_function(node, self._recorder, self._casts, torch.fx.node.map_arg(node.args[2:], argument))
+        return self._recorder.run(*self._call(node, argument))
+
     def _call(self, node: Node, argument: Callable[[Node], Any]) -> tuple[Callable[..., Any], Any, Any]:
         if node.op not in ("call_function", "call_method"):
             raise NotByRows(f"a node of kind {node.op}")
         if node in self._transformed:
             raise NotByRows("a transform of torch.func is active")
         if isinstance(node.target, HigherOrderOperator):
-            if canonical(node) == "autograd_function_apply":
-                raise OwnGradient("an `autograd.Function`, whose backward is its own")
             raise NotByRows("an operation with a graph of its own")
         arithmetic = canonical(node) in ARITHMETIC
 
@@ -358,11 +365,7 @@ class _Reader:
         return True
 
     def _is_large(self, node: Node) -> bool:
-        if node not in self._inside:
-            return False
-        out = self._inside[node]
-        leaves = (out,) if isinstance(out, Tensor) else [t for t in tree_leaves(out) if isinstance(t, Tensor)]
-        return any(self._too_large(self._recorder.value(t), node) for t in leaves)
+        return any(self._too_large(self._recorder.value(t), node) for t in tensors(self._inside.get(node)))
 
     def _too_large(self, value: Value, node: Node) -> bool:
         """Whether a row's value is of the size of logits."""
@@ -383,7 +386,7 @@ class _Reader:
                     raise Large(self._from[node], outside[0], self._found.refused.get(outside[0], "a tuple"))
                 continue
             first = min(outside, key=order.__getitem__)
-            if self._written(node, outside):
+            if any(node in mutated_arguments(u) for u in outside):
                 raise Large(self._from[node], first, "a value of the rows is written to")
             if self._is_large(node):
                 if all(u.op == "output" for u in outside) and node in self._views:
@@ -393,6 +396,3 @@ class _Reader:
         for node, (split, rows) in self._splits.items():
             self._found.exits.append(Exit(node, self._recorder.value(rows), split, node))
         self._found.exits = [e for e in self._found.exits if row_axes(e.value.dims)]
-
-    def _written(self, node: Node, outside: list[Node]) -> bool:
-        return any(node in mutated_arguments(u) for u in outside)

@@ -41,6 +41,13 @@ class Places:
 
 
 @dataclass(frozen=True, eq=False)
+class Cotangent:
+    """The gradient of a result of an `autograd.Function`, which its backward is given."""
+
+    number: int  # of the result
+
+
+@dataclass(frozen=True, eq=False)
 class Made:
     """What an operation returns; its arguments hold values, and marks for what depends on which dimensions are rows."""
 
@@ -55,7 +62,7 @@ class Value:
 
     dims: list[Dim]
     dtype: torch.dtype
-    source: Head | Leaf | Places | Made
+    source: Head | Leaf | Places | Cotangent | Made
     index: int | None = None  # which of the source's results
     grad: bool = False  # whether a gradient flows through it
 
@@ -106,3 +113,10 @@ class Chosen:
 
     dims: Sequence[Dim]
     by_dim: tuple[Value | Aligned | None, ...]
+
+
+@dataclass(frozen=True)
+class Backward:
+    """The gradients that an `autograd.Function` says its arguments have, made of its results' gradients, and of other values."""
+
+    grads: tuple[Value, ...]
