@@ -119,7 +119,7 @@ def outcome(run: Loss, tensors: list[Tensor], number: float) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, tensors[:2])]
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_stays_cut_whatever_changes(name: str, dtype: torch.dtype) -> None:

@@ -124,6 +124,7 @@ def test_a_gpu_that_is_not_there_is_told(script, here):
         here(script).main(["--device", "cuda"])
 
 
+@pytest.mark.slow  # an example from its start to its end, as others are that run by default
 def test_train_lm_fits_the_steps_to_the_minutes(tmp_path, cache):
     run(tmp_path, "train_lm.py", *SMALL, "--minutes", "0.01", "--only", "eager", "--cache", cache)
     figures = json.loads((tmp_path / "out" / "train_lm.json").read_text())

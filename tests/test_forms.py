@@ -16,6 +16,7 @@ from .forms import FORMS, Form
 from .helpers import compare
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("form", FORMS, ids=lambda f: f"{f.family}: {f.name}")
 def test_form(form: Form, device: torch.device) -> None:
     verdict = form.verdict

@@ -185,6 +185,7 @@ BLOCKS = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("op", [*STAYS, *READS, *BLOCKS])
 def test_every_operation_gives_what_it_gives_on_the_tensor(worth: Any, op: str) -> None:
     model, compiled, x, y = worth
@@ -219,6 +220,7 @@ AUTOCAST = {
 }
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("inside", [False, True], ids=["after autocast", "inside"])
 @pytest.mark.parametrize("name", AUTOCAST)
 def test_logits_made_under_autocast(setup: Any, name: str, inside: bool) -> None:
@@ -609,6 +611,7 @@ class Wide(nn.Module):
         return self.head(self.body(x).tanh())
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kept", [False, True], ids=["teacher without gradient", "with"])
 @pytest.mark.parametrize("name", OF_TWO)
 def test_losses_of_two_models(name: str, kept: bool, monkeypatch: pytest.MonkeyPatch) -> None:

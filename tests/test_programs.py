@@ -13,7 +13,7 @@ from .helpers import assert_all, compare
 from .programs import BY_HAND, Program, programs
 from .selection import shares
 
-EXAMPLES = int(os.environ.get("CCE_FX_PROGRAMS", "63"))
+EXAMPLES = int(os.environ.get("CCE_FX_PROGRAMS", "35"))
 NEAR_MISSES = EXAMPLES * 3 // 7
 MANY, SEED = int(os.environ.get("CCE_FX_MANY", "20000")), int(os.environ.get("CCE_FX_SEED", "0"))
 few = settings(

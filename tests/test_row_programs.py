@@ -53,7 +53,7 @@ def heads() -> Heads:
     return Heads()
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("strategy", ["auto", "recompute"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_a_loss_of_the_rows_is_cut_and_right(name: str, strategy: str, heads: Heads) -> None:
@@ -65,7 +65,7 @@ def test_a_loss_of_the_rows_is_cut_and_right(name: str, strategy: str, heads: He
     check(loss, given, heads, compiled)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", LOSSES)
 def test_rows_of_any_number(name: str, heads: Heads) -> None:
     if "B" in LOSSES[name].__code__.co_names:

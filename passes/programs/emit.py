@@ -99,7 +99,8 @@ def emit(outputs: Sequence[Value]) -> Emitted:
         raise NotByRows("no head is read")
     rows = tuple(row_axes(heads[0].dims))
     known = {id(axis) for axis in rows}
-    for dims in dict.fromkeys(tuple(value.dims) for value in _in_order(outputs, backward=True)):
+    own = any(isinstance(v.source, Made) and v.source.operation == OWN_GRADIENT for v in order)
+    for dims in dict.fromkeys(tuple(value.dims) for value in (_in_order(outputs, backward=True) if own else order)):
         if not distinct(dims):
             raise RowsMixed("rows lie along two dimensions of one tensor")
         if any(id(axis) not in known for axis in row_axes(dims)):

@@ -48,7 +48,7 @@ def test_every_option_is_as_good_as_dense_arithmetic(drawn, name):
         check(*drawn, KERNELS[name])
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("ignored", [0.0, 0.4])

@@ -131,7 +131,7 @@ def with_options(problem: Problem, name: str) -> Problem:
     return replace(problem, **options)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @needs_code
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("shape", SHAPES)
@@ -140,7 +140,7 @@ def test_every_step_with_every_option(shape: str, options: str) -> None:
     check(p, row_grads(p, all_three=p.smooth), ALL, native)
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(24)
 @needs_code
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "this"])
 @pytest.mark.parametrize("shape", ["one block", "stored in the gradient, and made again", "wide"])
@@ -151,7 +151,7 @@ def test_other_processors_and_compilers(dtype: torch.dtype, shape: str, variant:
         check(p, row_grads(p), ALL, native)
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @needs_code
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("options", OPTIONS)
@@ -163,7 +163,7 @@ def test_half_precision(shape: str, options: str, dtype: torch.dtype) -> None:
 
 @needs_code
 # CCE_FX_PROBLEMS draws more: under a sanitizer 2,000 (`nox -s sanitized`).
-@settings(max_examples=int(os.environ.get("CCE_FX_PROBLEMS", "12")), deadline=None)
+@settings(max_examples=int(os.environ.get("CCE_FX_PROBLEMS", "6")), deadline=None)
 @given(problems(), st.sampled_from(list(VARIANTS)), st.sampled_from([1, 2, 3, 7]))
 def test_drawn_problems_on_any_number_of_threads(
     drawn: tuple[Problem, RowGrads, Needs], variant: str, count: int
@@ -281,7 +281,7 @@ def test_what_is_not_finite_is_as_in_torch_operations(where: str, value: float) 
             torch.testing.assert_close(x, y, equal_nan=True)
 
 
-@pytest.mark.sample(12)
+@pytest.mark.sample(24)
 @needs_code
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("layout", ["in rows", "in columns"])

@@ -57,7 +57,7 @@ def _stacked(rows: list[dict[str, Any]]) -> dict[str, Tensor]:
     return made | {"attention_mask": torch.ones_like(made["input_ids"])}
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"label_smoothing_factor": 0.1}, {"loss_type": "dft"}, {"gradient_accumulation_steps": 2}],
@@ -127,7 +127,7 @@ LORA = {
 }
 
 
-@pytest.mark.sample(2)
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", LORA)
 def test_lora_on_a_frozen_base(name: str) -> None:
     def adapted() -> nn.Module:

@@ -67,7 +67,7 @@ TRAINING: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("feature", TRAINING)
 def test_training_is_as_in_eager_and_holds_no_logits(tmp_path: Path, feature: str) -> None:
     arguments = TRAINING[feature]
@@ -99,7 +99,7 @@ EVALUATION: dict[str, tuple[dict[str, Any], dict[str, Any], bool]] = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(8)
 @pytest.mark.parametrize("feature", EVALUATION)
 def test_evaluation_is_as_in_eager(tmp_path: Path, feature: str) -> None:
     arguments, hooks, whole = EVALUATION[feature]

@@ -26,9 +26,9 @@ def interpreted(*paths: Path, markers: str, **environment: str) -> None:
 
 
 def test_a_sample_in_the_interpreter() -> None:
-    """What every kernel is held to, and its use through torch.compile, with one case of each test in ninety-six."""
+    """What every kernel is held to, and its use through torch.compile, with one case of each test in two hundred."""
     paths = (ROOT / "tests" / "gpu" / f"test_{name}.py" for name in ("contract", "interface", "compile"))
-    interpreted(*paths, markers="gpu", CCE_FX_SAMPLE="96")
+    interpreted(*paths, markers="gpu", CCE_FX_SAMPLE="200")
 
 
 @pytest.mark.slow
