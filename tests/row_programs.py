@@ -106,6 +106,50 @@ def _no_grad(c: Context, a: list[Tensor], n: float) -> Tensor:
     return kept * a[-1]
 
 
+class Bent(torch.autograd.Function):
+    """A gradient that is not quite the operation's, and is cut off."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, number: float) -> Tensor:
+        y = (z * (1 + number)).tanh()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (y,) = ctx.saved_tensors
+        return (grad * (1 - y * y)).clamp(-0.5, 0.5), None
+
+
+class Surprise(torch.autograd.Function):
+    """Cross entropy, with the gradient in the place of saved probabilities."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, target: Tensor) -> Tensor:
+        logp = z - z.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(logp.exp(), target)
+        return -logp.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        p, target = ctx.saved_tensors
+        d = p.clone()
+        d.scatter_add_(-1, target.unsqueeze(-1), -torch.ones_like(d[..., :1]))
+        return d.mul_(grad.unsqueeze(-1)), None
+
+
+class Centred(torch.autograd.Function):
+    """A backward that mixes rows."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad - grad.mean(0)
+
+
 OPERATIONS: dict[str, tuple[str, Operation]] = {
     "scale": ("wide", lambda c, a, n: a[0] * (1 + n)),
     "add": ("wide", lambda c, a, n: a[0] + n * a[1]),
@@ -133,8 +177,10 @@ OPERATIONS: dict[str, tuple[str, Operation]] = {
     "in_place": ("wide", _in_place),
     "flat": ("wide", _flat),
     "mixture": ("wide", lambda c, a, n: torch.logsumexp(torch.stack([a[0], a[1]]), 0)),
+    "bent": ("wide", lambda c, a, n: Bent.apply(a[0], n)),
     "mask_of_places": ("wide", lambda c, a, n: a[0] * (torch.arange(c.classes) < 3 + c.target.unsqueeze(-1))),
     "picked": ("row", lambda c, a, n: a[0].gather(-1, c.target.unsqueeze(-1)).squeeze(-1) * n),
+    "surprise": ("row", lambda c, a, n: Surprise.apply(a[0], c.target)),
     "lse": ("row", lambda c, a, n: a[0].logsumexp(-1)),
     "mean": ("row", lambda c, a, n: a[0].mean(dim=-1) + n),
     "square": ("row", lambda c, a, n: a[0].tanh().pow(2).sum(-1)),
@@ -162,6 +208,7 @@ MIXERS: dict[str, tuple[str, Operation]] = {
     "rows sorted": ("wide", lambda c, a, n: a[0].sort(0).values),
     "all scaled": ("wide", lambda c, a, n: a[0] / (1 + a[0].abs().max())),
     "ranks of rows": ("row", lambda c, a, n: a[0].tanh().sum(-1).softmax(0)),
+    "centred gradient": ("wide", lambda c, a, n: Centred.apply(a[0])),
     "first row": ("wide", lambda c, a, n: a[0] - a[0][:1]),
 }
 OPERATIONS |= MIXERS
