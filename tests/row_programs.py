@@ -107,7 +107,7 @@ def _no_grad(c: Context, a: list[Tensor], n: float) -> Tensor:
 
 
 class Bent(torch.autograd.Function):
-    """A gradient that is not quite the operation's, and is cut off."""
+    """A gradient that is not quite the operation's."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, number: float) -> Tensor:
@@ -118,7 +118,19 @@ class Bent(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (y,) = ctx.saved_tensors
-        return (grad * (1 - y * y)).clamp(-0.5, 0.5), None
+        return grad * (1 - y * y), None
+
+
+class Clipped(torch.autograd.Function):
+    """A gradient that is not in proportion to what comes from above."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        return z.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-0.1, 0.1)
 
 
 class Surprise(torch.autograd.Function):
@@ -208,6 +220,7 @@ MIXERS: dict[str, tuple[str, Operation]] = {
     "rows sorted": ("wide", lambda c, a, n: a[0].sort(0).values),
     "all scaled": ("wide", lambda c, a, n: a[0] / (1 + a[0].abs().max())),
     "ranks of rows": ("row", lambda c, a, n: a[0].tanh().sum(-1).softmax(0)),
+    "clipped gradient": ("wide", lambda c, a, n: Clipped.apply(a[0])),  # not where it would be run several times
     "centred gradient": ("wide", lambda c, a, n: Centred.apply(a[0])),
     "first row": ("wide", lambda c, a, n: a[0] - a[0][:1]),
 }

@@ -226,6 +226,28 @@ def test_a_backward_for_another_scale_is_the_function_s_own(heads: Heads) -> Non
                 assert (a is None and b is None) or torch.allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def run_twice(h: Heads, d: Data) -> Tensor:
+    """What the function returns is read in the program, and before it by another head, of a single class."""
+    s = ClippedWide.apply(h.s(d.x))
+    mean = s.softmax(-1) @ torch.linspace(-1, 1, s.size(-1), dtype=s.dtype).unsqueeze(-1)
+    picked = s.gather(-1, d.y.clamp(0)[:, None]).squeeze(-1)
+    return (mean.squeeze(-1) * 3 + picked).square().sum()
+
+
+class ClippedWide(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> Tensor:
+        return logits.sigmoid()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad.clamp(-1e-2, 1e-2)
+
+
+def test_the_parts_of_a_gradient_are_not_clipped_one_by_one(heads: Heads) -> None:
+    check(run_twice, data(), heads, compiled(run_twice))
+
+
 class Overwritten(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor) -> Tensor:

@@ -200,15 +200,12 @@ class _Reader:
         if (
             not (self._pulls or places)
             or node.op not in ("call_function", "call_method")
+            or is_function(node)
             or not isinstance(value, Tensor)
         ):
             return False
         size = torch.Size(map(self._sizes, value.shape)).numel()
-        if (
-            (size < self._size and not places)
-            or any(mutated_arguments(u) for u in node.users)
-            or mutated_arguments(node)
-        ):
+        if (size < self._size and not places) or any(mutated_arguments(n) for n in (node, *node.users)):
             return False
         try:
             products = self._recorder.products
@@ -280,6 +277,10 @@ class _Reader:
     def _record(self, node: Node, argument: Callable[[Node], Any]) -> Any:
         """What a node's function returns, given what the arguments are."""
         if is_function(node) and node not in self._transformed:
+            if (
+                argument != self._argument
+            ):  # once both ways, its backward would be run for a part of the gradient each time
+                raise NotByRows("an `autograd.Function` of a product that is turned")
             self._found.pulled += [n for n in graphs_of(node) if n not in self._found.pulled]
             return call_function(node, self._recorder, self._casts, torch.fx.node.map_arg(node.args[2:], argument))
         return self._recorder.run(*self._call(node, argument))

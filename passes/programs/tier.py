@@ -26,9 +26,9 @@ from ..rewriter import erase_unused, logits_use
 from ..sharded import is_sharded
 from ..trace import Trace
 from ..values import Decline, LogitsView, LossSite, Reason, Result, behind, example_size, source_line, value_of
-from .axes import NotByRows, RowsMixed, resolved, rows_in
+from .axes import NotByRows, resolved, rows_in
 from .emit import Emitted, emit
-from .found import Exit, Region
+from .found import REASONS, Exit, Region
 from .heads import is_better_turned, turned
 from .linear import make_gradients_in_forward
 from .region import followed, region_of
@@ -192,8 +192,8 @@ def _cut(
         groups = write(gm, region, policy, other, at_once)
     except (NotByRows, WouldGuard) as refusal:
         _log.debug("no row program: %s", refusal)
-        if isinstance(refusal, RowsMixed):
-            outcome.refused.append(Decline(Reason.ROWS_MIXED, region.exits[0].node, str(refusal)))
+        if type(refusal) in REASONS:
+            outcome.refused.append(Decline(REASONS[type(refusal)], region.exits[0].node, str(refusal)))
         return outcome
     erase(gm, region)
     for emitted, exits, call in groups:

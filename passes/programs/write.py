@@ -17,10 +17,11 @@ from ..fakes import propagate
 from ..policy import Policy
 from ..rewriter import Builder, head_operands, size_of
 from ..trace import storage_of, switched_off
-from ..values import Operand, value_of
-from .axes import Axis, Dim, NotByRows, others_in, resolved, rows_in
+from ..values import Operand, behind, value_of
+from .axes import Axis, Dim, NotByRows, OwnGradient, others_in, resolved, rows_in
 from .emit import Emitted, RowInput, emit, kept
 from .found import Exit, Region
+from .own_gradient import is_function, is_in_proportion
 from .sizes import without_numbers
 from .value import Turned
 
@@ -39,6 +40,7 @@ def write(
     groups = _groups(region, order)
     if at_once and len(groups) > 1:
         raise NotByRows("several programs")
+    _check_functions(region, groups)
     if other is not None:
         groups = [(_unfixed(emitted, exits, region, other), exits) for emitted, exits in groups]
     done: list[tuple[Builder, list[tuple[Node, Node]], Node]] = []
@@ -77,6 +79,18 @@ def _groups(region: Region, order: _Order) -> list[tuple[Emitted, list[Exit]]]:
         if _latest(emitted, exits, region, order) >= order[order.place_of(exits)]:
             raise NotByRows("a value that the program reads is made after what it makes is read")
     return groups
+
+
+def _check_functions(region: Region, groups: list[tuple[Emitted, list[Exit]]]) -> None:
+    """Raise where the backward of an `autograd.Function` would be run for a part of its gradient here and a part there.
+
+    That gives the same only where it is in proportion. A program may read what the graph makes of the function all the same.
+    """
+    if all(is_in_proportion(emitted.program) for emitted, _ in groups):
+        return
+    made_of = {n for emitted, exits in groups for node in _read(emitted, exits, region) for n in behind(node)}
+    if len(groups) > 1 or any(is_function(n) for n in made_of & set(region.inside)):
+        raise OwnGradient("an `autograd.Function` that would be run several times, for a part of its gradient each")
 
 
 def _unfixed(emitted: Emitted, exits: list[Exit], region: Region, other: Region) -> Emitted:
