@@ -332,6 +332,8 @@ def check_drawn(program: Program) -> bool:
             continue  # a program without a meaning
         if program.dtype == torch.bfloat16 and program.metrics and number in (1, 2):
             continue  # the largest class, or a rank, of numbers that a rounding makes equal
+        if program.dtype == torch.bfloat16 and number and any(s.name == "top" for s in program.steps):
+            continue  # which of such numbers is among the largest, and gets their gradient
         assert_no_worse(f"result {number}", e, a, o, 64, max(size, 1.0) / 64, nearby=lambda n=number: nearby(n))
     return bool(counters["cce_fx"]["rewritten"])
 
