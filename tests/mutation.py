@@ -364,6 +364,18 @@ FAULTS = [
         "return type(argument), argument",
     ),
     Fault(
+        "every backward of a function is taken for linear",
+        "passes/programs/own_gradient.py",
+        "    return all(_is_linear(program, args) for name, args, _ in program.code if name == OWN_GRADIENT)",
+        "    return True",
+    ),
+    Fault(
+        "a function's rows and those of its gradient are not joined",
+        "passes/programs/own_gradient.py",
+        "            if a:\n                join(a, b)",
+        "            pass",
+    ),
+    Fault(
         "a loss is written before its target",
         "passes/beside.py",
         "if any(order.get(n, -1) >= order[place] for n in inputs):",
@@ -411,6 +423,8 @@ def red(fault: Fault, where: Path) -> bool:
             tests.insert(0, "tests/test_beside.py")
         if fault.path.startswith(("passes/programs", "cce_fx/row_op")):
             tests = [f"tests/test_{name}.py" for name in ("program_heads", "row_programs", "changing_sizes", "forms")]
+            if "own_gradient" in fault.path:
+                tests.insert(0, "tests/test_own_gradient.py")
         env = {**os.environ, "PYTHONPATH": str(where), "CCE_FX_PROGRAMS": "80"}
         command = [sys.executable, "-m", "pytest", "-qx", "-p", "no:cacheprovider", *tests]
         return subprocess.run(command, cwd=where, env=env, capture_output=True).returncode == 1
