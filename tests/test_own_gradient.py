@@ -59,6 +59,23 @@ class Weighted(torch.autograd.Function):
         return d * (grad * weight)[:, None], grad * nll, None
 
 
+class WithConstant(torch.autograd.Function):
+    """A result through which no gradient flows, though the backward would take one."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
+        p = logits.softmax(-1)
+        largest = p.amax(-1)
+        ctx.save_for_backward(p)
+        ctx.mark_non_differentiable(largest)
+        return logits.logsumexp(-1), largest
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, of_largest: Tensor) -> Tensor:
+        (p,) = ctx.saved_tensors
+        return p * (grad + of_largest)[:, None]
+
+
 class Clipped(torch.autograd.Function):
     """A gradient that is not in proportion to what comes from above."""
 
@@ -152,6 +169,11 @@ def weighted(h: Heads, d: Data) -> tuple[Tensor, Tensor]:
     return each.mean(), right.to(d.x.dtype).mean()
 
 
+def with_constant(h: Heads, d: Data) -> Tensor:
+    lse, largest = WithConstant.apply(h.b(d.x))
+    return (lse * (1 + largest)).mean()
+
+
 def clipped(h: Heads, d: Data) -> Tensor:
     return 3 * Clipped.apply(h.s(d.x)).mean()
 
@@ -189,6 +211,7 @@ def in_batches(h: Heads, d: Data) -> Tensor:
 BY_ROWS: dict[Loss, str] = {
     saved_softmax: "grads_in_forward",
     weighted: "grads_in_forward",
+    with_constant: "grads_in_forward",
     scaled: "grads_in_forward",
     distilled: "grads_in_forward",
     clipped: "recompute",
@@ -264,6 +287,20 @@ class ClippedWide(torch.autograd.Function):
 
 def test_the_parts_of_a_gradient_are_not_clipped_one_by_one(heads: Heads) -> None:
     check(run_twice, data(), heads, compiled(run_twice))
+
+
+def even_with_a_bias(h: Heads, d: Data) -> Tensor:
+    return Even.apply(h.b(d.x)).mean()
+
+
+def ready_with_a_bias(h: Heads, d: Data) -> Tensor:
+    return Ready.apply(h.b(d.x)).mean()
+
+
+@pytest.mark.parametrize("loss", [even_with_a_bias, ready_with_a_bias, even], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("n", [19, 33])
+def test_rows_that_fill_up_a_block_have_no_part_in_a_gradient(loss: Loss, n: int, heads: Heads) -> None:
+    check(loss, data(0, n), heads, compiled(loss))
 
 
 class Overwritten(torch.autograd.Function):

@@ -70,10 +70,10 @@ def _recorded(node: Node, recorder: Recorder, args: Sequence[Any]) -> Any:
     constant = node.kwargs["non_differentiable_idx"]
     entered = []
     for n, (t, v) in enumerate(zip(results, values, strict=True)):
-        flows = v.dtype.is_floating_point and n not in constant  # type: ignore[operator]
-        entered.append(
-            recorder.enter(recorder.empty(t, t.dtype, t.shape, t.stride()), Value(v.dims, v.dtype, source, n, flows))
-        )
+        value = Value(v.dims, v.dtype, source, n, v.dtype.is_floating_point)
+        if n in constant:  # type: ignore[operator]
+            value = Value(v.dims, v.dtype, Made("aten.detach.default", (value,)))
+        entered.append(recorder.enter(recorder.empty(t, t.dtype, t.shape, t.stride()), value))
     return entered[0] if isinstance(out, Tensor) else type(out)(entered)
 
 

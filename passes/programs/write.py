@@ -82,12 +82,17 @@ def _groups(region: Region, order: _Order) -> list[tuple[Emitted, list[Exit]]]:
 
 
 def _check_functions(region: Region, groups: list[tuple[Emitted, list[Exit]]]) -> None:
-    """Raise where the backward of an `autograd.Function` would be run for a part of its gradient here and a part there.
+    """Raise where the backward of an `autograd.Function`, not in proportion to what comes from above, would give something else.
 
-    That gives the same only where it is in proportion. A program may read what the graph makes of the function all the same.
+    It may be run for a part of its gradient here and a part there, since a program may read what the graph makes of the function
+    all the same; and for the rows that fill up a block, to which no gradient comes: what all rows share would have theirs.
     """
     if all(is_in_proportion(emitted.program) for emitted, _ in groups):
         return
+    if any(kind == "shared" for emitted, _ in groups for kind, _ in emitted.flows):
+        raise OwnGradient(
+            "an `autograd.Function` whose gradient is not in proportion, and a bias or the like that is learnt"
+        )
     made_of = {n for emitted, exits in groups for node in _read(emitted, exits, region) for n in behind(node)}
     if len(groups) > 1 or any(is_function(n) for n in made_of & set(region.inside)):
         raise OwnGradient("an `autograd.Function` that would be run several times, for a part of its gradient each")
