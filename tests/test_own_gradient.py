@@ -14,6 +14,7 @@ from torch import Tensor
 import cce_fx
 from cce_fx.functional import OWN_GRADIENT, RowProgram
 from cce_fx.passes.programs.own_gradient import is_in_proportion
+from tests import row_programs
 from tests.row_losses import Data, Heads, Loss, data
 from tests.test_row_programs import OPTIONS, check, outcome
 
@@ -203,6 +204,14 @@ def two_of_them(h: Heads, d: Data) -> Tensor:
     return (SavedSoftmax.apply(Scaled.apply(z), d.y.clamp(0)) + Ready.apply(z)).mean()
 
 
+def many_of_them(h: Heads, d: Data) -> Tensor:
+    """What each takes from the program is made of what those before it take."""
+    z = h.s(d.x)
+    for _ in range(16):
+        z = row_programs.Bent.apply(z, 0.1)
+    return z.square().sum(-1).mean()
+
+
 def in_batches(h: Heads, d: Data) -> Tensor:
     z = h.s(d.x.view(4, -1, d.x.size(-1)))
     return SavedSoftmax.apply(z.flatten(0, 1), d.y.clamp(0)).view(4, -1)[:, 1:].mean()
@@ -214,6 +223,7 @@ BY_ROWS: dict[Loss, str] = {
     with_constant: "grads_in_forward",
     scaled: "grads_in_forward",
     distilled: "grads_in_forward",
+    many_of_them: "grads_in_forward",
     clipped: "recompute",
     chosen: "recompute",
     ready: "recompute",
@@ -269,20 +279,10 @@ def test_a_backward_for_another_scale_is_the_function_s_own(heads: Heads) -> Non
 
 def run_twice(h: Heads, d: Data) -> Tensor:
     """What the function returns is read in the program, and before it by another head, of a single class."""
-    s = ClippedWide.apply(h.s(d.x))
+    s = row_programs.Clipped.apply(h.s(d.x))
     mean = s.softmax(-1) @ torch.linspace(-1, 1, s.size(-1), dtype=s.dtype).unsqueeze(-1)
     picked = s.gather(-1, d.y.clamp(0)[:, None]).squeeze(-1)
     return (mean.squeeze(-1) * 3 + picked).square().sum()
-
-
-class ClippedWide(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        return logits.sigmoid()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.clamp(-1e-2, 1e-2)
 
 
 def test_the_parts_of_a_gradient_are_not_clipped_one_by_one(heads: Heads) -> None:

@@ -29,6 +29,8 @@ from .value import (
     Shape,
     Turned,
     Value,
+    in_order,
+    made_of,
 )
 
 
@@ -93,14 +95,14 @@ def emit(outputs: Sequence[Value]) -> Emitted:
 
     Raises NotByRows where heads have different rows, or rows that are no head's.
     """
-    order = _in_order(outputs)
+    order = in_order(outputs)
     heads = [v for v in order if isinstance(v.source, Head)]
     if not heads:
         raise NotByRows("no head is read")
     rows = tuple(row_axes(heads[0].dims))
     known = {id(axis) for axis in rows}
     own = any(isinstance(v.source, Made) and v.source.operation == OWN_GRADIENT for v in order)
-    for dims in dict.fromkeys(tuple(value.dims) for value in (_in_order(outputs, backward=True) if own else order)):
+    for dims in dict.fromkeys(tuple(value.dims) for value in (in_order(outputs, backward=True) if own else order)):
         if not distinct(dims):
             raise RowsMixed("rows lie along two dimensions of one tensor")
         if any(id(axis) not in known for axis in row_axes(dims)):
@@ -120,42 +122,6 @@ def emit(outputs: Sequence[Value]) -> Emitted:
     return found
 
 
-def _read(argument: Any, backward: bool = False) -> list[Value]:
-    """The values in an argument; of a backward those that it takes from outside, or with `backward` its results."""
-    if isinstance(argument, Value):
-        return [argument]
-    if isinstance(argument, Backward):
-        return list(argument.grads) if backward else _taken(argument)
-    if isinstance(argument, Aligned):
-        return [argument.value]
-    if isinstance(argument, Chosen):
-        return [v for i in argument.by_dim for v in _read(i, backward)]
-    if isinstance(argument, (list, tuple)):
-        return [v for a in argument for v in _read(a, backward)]
-    return []
-
-
-def _made_of(value: Value, backward: bool = False) -> list[Value]:
-    source = value.source
-    return _read((*source.args, *source.kwargs.values()), backward) if isinstance(source, Made) else []
-
-
-def _depending(backward: Backward) -> dict[int, Value]:
-    """What a backward makes of the gradients that it is given, in order, by id."""
-    found: dict[int, Value] = {}
-    for value in _in_order(backward.grads):
-        if isinstance(value.source, Cotangent) or any(id(v) in found for v in _made_of(value)):
-            found[id(value)] = value
-    return found
-
-
-def _taken(backward: Backward) -> list[Value]:
-    """What a backward reads and does not make: values that are there without the gradients that it is given."""
-    inside = _depending(backward)
-    read = [v for value in inside.values() for v in _made_of(value)] + list(backward.grads)
-    return list({id(v): v for v in read if id(v) not in inside}.values())
-
-
 def _flowing(outputs: Sequence[Value], writer: _Writer) -> set[Any]:
     """The names of the inputs that outputs are differentiable functions of."""
     found, seen = set(), set()
@@ -166,27 +132,11 @@ def _flowing(outputs: Sequence[Value], writer: _Writer) -> set[Any]:
             continue
         seen.add(id(value))
         if isinstance(value.source, Made):
-            stack += [v for v in _made_of(value) if v.grad]
+            stack += [v for v in made_of(value) if v.grad]
         else:
             ((kind, number),) = writer.inputs[_key(value)].items()
             found.add((kind, number))
     return found
-
-
-def _in_order(outputs: Sequence[Value], backward: bool = False) -> list[Value]:
-    """Everything that values are made of, each after what it is made of; with `backward` what backwards make, too."""
-    found: dict[int, Value] = {}
-    stack = [(v, False) for v in reversed(outputs)]
-    while stack:
-        value, ready = stack.pop()
-        if id(value) in found:
-            continue
-        if ready or not isinstance(value.source, Made):
-            found[id(value)] = value
-            continue
-        stack.append((value, True))
-        stack += [(v, False) for v in _made_of(value, backward) if id(v) not in found]
-    return list(found.values())
 
 
 class _Writer:
@@ -292,8 +242,8 @@ class _Writer:
 
     def _backward(self, a: Backward) -> Any:
         """The names of what a backward takes, and its code."""
-        inner = _BackwardWriter(self.found, _taken(a))
-        for value in _depending(a).values():
+        inner = _BackwardWriter(self.found, a.taken)
+        for value in a.made.values():
             inner.write(value)
         grads = [inner.named(g) for g in a.grads]
         return [[self.named(v) for v in inner.taken], {"backward": {"code": inner.code, "grads": grads}}]
@@ -309,9 +259,9 @@ class _Writer:
 class _BackwardWriter(_Writer):
     """Of the code of a backward, which reads the values that it takes and the gradients that it is given."""
 
-    def __init__(self, found: Emitted, taken: list[Value]) -> None:
+    def __init__(self, found: Emitted, taken: Sequence[Value]) -> None:
         super().__init__(found)
-        self.taken: list[Value] = taken
+        self.taken: Sequence[Value] = taken
         self._numbers = {id(v): n for n, v in enumerate(taken)}
 
     def named(self, value: Value) -> Any:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -115,8 +116,61 @@ class Chosen:
     by_dim: tuple[Value | Aligned | None, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Backward:
     """The gradients that an `autograd.Function` says its arguments have, made of its results' gradients, and of other values."""
 
     grads: tuple[Value, ...]
+
+    # Both are asked for again and again, and those of a function are made of those of the functions before it.
+
+    @functools.cached_property
+    def made(self) -> dict[int, Value]:
+        """What it makes of the gradients that it is given, in order, by id."""
+        found: dict[int, Value] = {}
+        for value in in_order(self.grads):
+            if isinstance(value.source, Cotangent) or any(id(v) in found for v in made_of(value)):
+                found[id(value)] = value
+        return found
+
+    @functools.cached_property
+    def taken(self) -> tuple[Value, ...]:
+        """What it reads and does not make: values that are there without the gradients that it is given."""
+        read = [*(v for value in self.made.values() for v in made_of(value)), *self.grads]
+        return tuple({id(v): v for v in read if id(v) not in self.made}.values())
+
+
+def _read(argument: Any, backward: bool) -> list[Value]:
+    if isinstance(argument, Value):
+        return [argument]
+    if isinstance(argument, Backward):
+        return list(argument.grads if backward else argument.taken)
+    if isinstance(argument, Aligned):
+        return [argument.value]
+    if isinstance(argument, Chosen):
+        return [v for i in argument.by_dim for v in _read(i, backward)]
+    if isinstance(argument, (list, tuple)):
+        return [v for a in argument for v in _read(a, backward)]
+    return []
+
+
+def made_of(value: Value, backward: bool = False) -> list[Value]:
+    """The values in an operation's arguments; of a backward those that it takes from outside, or with `backward` its results."""
+    source = value.source
+    return _read((*source.args, *source.kwargs.values()), backward) if isinstance(source, Made) else []
+
+
+def in_order(outputs: Sequence[Value], backward: bool = False) -> list[Value]:
+    """Everything that values are made of, each after what it is made of; with `backward` what backwards make, too."""
+    found: dict[int, Value] = {}
+    stack = [(v, False) for v in reversed(outputs)]
+    while stack:
+        value, ready = stack.pop()
+        if id(value) in found:
+            continue
+        if ready or not isinstance(value.source, Made):
+            found[id(value)] = value
+            continue
+        stack.append((value, True))
+        stack += [(v, False) for v in made_of(value, backward) if id(v) not in found]
+    return list(found.values())
