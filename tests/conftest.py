@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from .device import INTERPRETED, accelerator, faster_interpreter, larger_tiles
+from .helpers import collect_rarely
 from .selection import sampled
 
 LEFT_OUT = pytest.StashKey[int]()
@@ -98,6 +99,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if top in TOGETHER:
             item.add_marker(pytest.mark.xdist_group(top))
     return result
+
+
+def pytest_collection_finish() -> None:
+    collect_rarely()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -26,7 +26,7 @@ def sampled(items: list[pytest.Item], every: int | None = None) -> list[pytest.I
 def shares(count: int, each: int) -> list[Any]:
     """The parameters of a slow test that draws many: `(number, how many)` of parts that processes can take one by one.
 
-    A part draws from a seed of its own, so it can be run again alone: `-k "3 of 30"`.
+    A part draws from a seed of its own, so it can be run again alone: `test_file.py::test_name[3 of 30]`.
     """
     parts = -(-count // each)
     return [

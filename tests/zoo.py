@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .helpers import collect_rarely
+
 # A prime, so that a tensor with this dimension has classes in it and is no accident of other sizes.
 VOCAB, ROWS, LENGTH = 1531, 2, 64
 TASKS = {
@@ -204,6 +206,7 @@ def examine(name: str, task: str, backend: str) -> Row:
 def _examine_into(pipe: Any, function: Callable[..., Any], failed: Any, name: str, task: str, how: str) -> None:
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    collect_rarely()
     row = failed(name, task)
     try:
         row = function(name, task, how)
