@@ -25,9 +25,9 @@ def under(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype is not None)
 
 
-def autocast_at(node: Node) -> torch.dtype | None:
-    """`autocast_of` the node's device at its place: around the graph, or from an entry in it that is not left before."""
-    device = value_of(node).device
+def autocast_at(node: Node, device: torch.device | None = None) -> torch.dtype | None:
+    """`autocast_of` a device, by default the node's, at its place: around the graph, or from an entry in it that is not left before."""
+    device = value_of(node).device if device is None else device
     entered: list[Node] = []
     for n in node.graph.nodes:
         if n is node:

@@ -15,10 +15,12 @@ from torch.fx import Graph, GraphModule, Node
 
 from .._torch import CustomGraphPass, HigherOrderOperator
 from ..functional import __file__ as functional_file
+from ..functional import makes_grads_in_forward
 from . import fakes
 from .beside import with_readings
 from .decide import decide
 from .faults import Fault, Undo, failed, stage
+from .joined import join_losses, on_one_weight
 from .modules import inline_known
 from .policy import Policy
 from .programs.tier import RowPrograms, cut_rows, join_rows
@@ -42,15 +44,20 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
     done: list[LossSite] = []
     moved: dict[Node, Node] = {}
     read: set[Node] = set()
+    forward: set[Node] = set()
     needed, joined = found.needed(), RowPrograms()
     if policy.tiers == "all":
         with stage("row programs", output_of(gm.graph)):
             joined = join_rows(gm, found, policy, undo)
+    with stage("joining losses", output_of(gm.graph)):
+        groups = on_one_weight(found)
+    together = {c.anchor for group in groups for c in group}
+    later = replace(policy, strategy="recompute")
     for candidate in found.candidates:
         if candidate.anchor in joined.within:
             continue
         with stage("deciding", candidate.anchor):
-            site = decide(candidate, policy, needed)
+            site = decide(candidate, later if candidate.anchor in together else policy, needed)
         if isinstance(site, Decline):
             refused: Decline | None = site
         else:
@@ -71,12 +78,21 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
             erase_unused(gm.graph, list(reversed(found.views)))
             gm.graph.lint()
             gm.recompile()
+    for group in groups:
+        with stage("joining losses", *(c.anchor for c in group)):
+            early = makes_grads_in_forward(policy.strategy, "mean", group[0].view.dtype)
+            if join_losses(gm, [c.anchor for c in group], found.transformed, early):
+                forward |= {c.anchor for c in group}
     rows = RowPrograms()
     if policy.tiers == "all":
         with stage("row programs", output_of(gm.graph)):
             rows = cut_rows(gm, found, policy, undo)
             declines = rows.declines(joined.declines(declines))
-    report.rewritten += [Rewritten.of(site, logits_use(site.candidate.view)) for site in done]
+    for site in done:
+        line = Rewritten.of(site, logits_use(site.candidate.view))
+        report.rewritten.append(
+            replace(line, strategy="grads_in_forward") if site.candidate.anchor in forward else line
+        )
     report.rewritten += [cut.reported(policy) for cut in (*joined.cuts, *rows.cuts)]
     report.declined += [Declined.of(d) for d in declines]
     for body in _bodies(gm, found):

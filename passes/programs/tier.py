@@ -19,6 +19,7 @@ from ..canonical import canonical
 from ..decide import decide, illegal_head, least_classes, row_count
 from ..fakes import WouldGuard
 from ..faults import Undo
+from ..joined import Joint, alike, grouped, join
 from ..memory import N, V, bytes_of_blocks, products_of
 from ..policy import Policy
 from ..report import Rewritten
@@ -196,16 +197,29 @@ def _cut(
             outcome.refused.append(Decline(REASONS[type(refusal)], region.exits[0].node, str(refusal)))
         return outcome
     erase(gm, region)
+    joints = _joined(gm, [call for *_, call in groups], found)
+    early: dict[Node | Joint, bool] = {}
     for emitted, exits, call in groups:
-        dtype = region.heads[emitted.heads[0]].dtype
-        early = makes_grads_in_forward(policy.strategy, "mean", dtype)
-        early = early and make_gradients_in_forward(gm, call)
+        one, dtype = joints.get(call, call), region.heads[emitted.heads[0]].dtype
+        if one not in early:
+            allowed = makes_grads_in_forward(policy.strategy, "mean", dtype)
+            early[one] = allowed and make_gradients_in_forward(gm, one)
         used = {h: region.heads[h] for h in emitted.heads}
-        outcome.cuts.append(Cut(emitted, tuple(exits), used, early))
+        outcome.cuts.append(Cut(emitted, tuple(exits), used, early[one]))
     gm.graph.lint()
     gm.recompile()
     outcome.within = {*region.inside, *(e.node for e in region.exits)}
     return outcome
+
+
+def _joined(gm: GraphModule, calls: list[Node], found: Trace) -> dict[Node, Joint]:
+    """What calls of programs that differ in nothing but their rows became, where they have been joined."""
+    return {
+        call: joint
+        for group in grouped(calls, alike)
+        if (joint := join(gm, group, found.transformed))
+        for call in group
+    }
 
 
 def _has_all(region: Region, heads: dict[Node, LogitsView], found: Trace) -> bool:

@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Several losses on one weight become one call, which makes one gradient of the weight, and the numbers stay eager's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import cce_fx
+from benchmarks.measure import peak_bytes
+
+from .helpers import Watch
+
+N, D, V = 24, 8, 50
+Loss = Callable[["Model", Tensor, Tensor], Any]
+
+
+class Model(nn.Module):
+    """A body, a head that all losses share, and what is made of them."""
+
+    def __init__(self, loss: Loss, bias: bool = False, width: int = D, classes: int = V) -> None:
+        super().__init__()
+        self.body, self.cell = nn.Linear(width, width), nn.Linear(width, width)
+        self.head, self.mix, self.loss = nn.Linear(width, classes, bias=bias), nn.Parameter(torch.randn(3)), loss
+
+    def forward(self, x: Tensor, y: Tensor) -> Any:
+        return self.loss(self, self.body(x), y)
+
+
+def chunks(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    loss: Any = 0.0
+    for a, b in zip(h.chunk(3), y.chunk(3), strict=True):
+        loss += F.cross_entropy(m.head(a), b, reduction="sum")
+    return loss / len(y)
+
+
+def steps(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    """A decoder, each of whose states is made of the one before."""
+    losses, h = [], h[:6]
+    for t in range(4):
+        h = torch.tanh(m.cell(h))
+        losses.append(F.cross_entropy(m.head(h), y[6 * t : 6 * t + 6], label_smoothing=0.1))
+    return torch.stack(losses).mean()
+
+
+def early_exits(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    losses = []
+    for weight in (0.1, 0.3, 1.0):
+        h = torch.tanh(m.cell(h))
+        losses.append(weight * F.cross_entropy(m.head(h), y))
+    return sum(losses) + h.pow(2).mean() - 3.0  # an auxiliary loss with a gradient of its own
+
+
+def weighted_exits(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    """The weights of the exits are learnt, so their losses' gradients are not known in the forward."""
+    p, loss = m.mix.softmax(0), torch.zeros(())
+    for k in range(3):
+        h = torch.tanh(m.cell(h))
+        loss = loss + p[k] * F.cross_entropy(m.head(h), y, reduction="none").mean()
+    return loss
+
+
+def later_tokens(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    """Each head predicts one token further; the parts are told."""
+    first = F.cross_entropy(m.head(h), y)
+    more = [F.cross_entropy(m.head(torch.tanh(m.cell(h[:-k]))), y[k:]) for k in (1, 2)]
+    return first + 0.3 * (more[0] + more[1]) / 2, first.detach(), more[1].detach()
+
+
+def parts_with_gradients(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    return tuple(F.cross_entropy(m.head(a), b) for a, b in zip(h.chunk(2), y.chunk(2), strict=True))
+
+
+def other_rows_of_one(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    """One hidden state, two targets for each of its rows."""
+    return F.cross_entropy(m.head(h), y) + F.cross_entropy(m.head(h), y.flip(0))
+
+
+def some_ignored(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    y = torch.where(torch.arange(N) % 5 == 0, -100, y)
+    y = torch.where(torch.arange(N) < N // 3, -100, y)  # all of the first chunk
+    losses = [F.cross_entropy(m.head(a), b, reduction="sum") for a, b in zip(h.chunk(3), y.chunk(3), strict=True)]
+    return (losses[0] + losses[1] + losses[2]) / (y != -100).sum()
+
+
+def class_weights(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    w = torch.linspace(0.5, 1.5, V, dtype=h.dtype)
+    a, b = (F.cross_entropy(m.head(a), b, weight=w) for a, b in zip(h.chunk(2), y.chunk(2), strict=True))
+    return a - 0.5 * b
+
+
+def in_checkpoints(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    def two(h: Tensor) -> Tensor:
+        return F.cross_entropy(m.head(h), y) + F.cross_entropy(m.head(m.cell(h)), y)
+
+    return checkpoint(two, h, use_reentrant=False)  # type: ignore[no-any-return]
+
+
+def distillation(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    """No kernel's loss: row programs."""
+    loss: Any = 0.0
+    for a in h.chunk(3):
+        q = (a.detach().sin() @ m.head.weight.detach().T).softmax(-1)
+        loss += F.kl_div(m.head(a).log_softmax(-1), q, reduction="sum")
+    return loss / len(y)
+
+
+JOINED = {
+    chunks: "with_grads", steps: "with_grads", early_exits: "with_grads", later_tokens: "with_grads",
+    other_rows_of_one: "with_grads", some_ignored: "with_grads", class_weights: "with_grads",
+    weighted_exits: "linear_cross_entropy", parts_with_gradients: "linear_cross_entropy", distillation: "rows_with_grads",
+}  # fmt: skip
+
+
+def feeds_the_next(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    first = F.cross_entropy(m.head(h), y)
+    return first + F.cross_entropy(m.head(h * first), y)
+
+
+def weight_changed_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    w = m.head.weight * 1.0
+    first = F.cross_entropy(F.linear(h[:12], w.clone()), y[:12])
+    with torch.no_grad():
+        m.head.weight.mul_(0.9)
+    return first + F.cross_entropy(F.linear(h[12:], m.head.weight * 1.0), y[12:])
+
+
+def read_without_gradient_between(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    first = F.cross_entropy(m.head(h[:12]), y[:12])
+    with torch.no_grad():
+        told = first * 2
+    return first + F.cross_entropy(m.head(h[12:]), y[12:]), told
+
+
+def written_down_between(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    record = torch.zeros(2, dtype=h.dtype)
+    first = F.cross_entropy(m.head(h[:12]), y[:12])
+    record[0] = first.detach()
+    seen = record.clone()
+    second = F.cross_entropy(m.head(h[12:]), y[12:])
+    record[1] = second.detach()
+    return first + second, record, seen
+
+
+def added_to_what_is_kept(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
+    first = F.cross_entropy(m.head(h[:12]), y[:12])
+    kept = first.detach()
+    first += F.cross_entropy(m.head(h[12:]), y[12:])
+    return first, kept  # the sum of both: they share their memory
+
+
+def noise_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    first = F.cross_entropy(m.head(h[:12]), y[:12])
+    noisy = F.dropout(first, 0.5) if torch.is_grad_enabled() else first
+    return noisy + F.cross_entropy(m.head(F.dropout(h[12:], 0.5)), y[12:])
+
+
+def autocast_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    first = F.cross_entropy(m.head(h[:12]), y[:12])
+    with torch.autocast("cpu", torch.bfloat16):
+        near = (first.float() * torch.ones(1, 1)) @ torch.ones(1, 1)
+    return first + near.sum().to(h.dtype) + F.cross_entropy(m.head(h[12:]), y[12:])
+
+
+ANY = [
+    feeds_the_next, weight_changed_between, read_without_gradient_between, written_down_between, added_to_what_is_kept,
+    noise_between, in_checkpoints, autocast_between,
+]  # fmt: skip
+
+
+def leaves(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found)
+
+
+def step(model: Model, run: Callable[..., Any], x: Tensor, y: Tensor) -> tuple[list[Tensor], list[Tensor | None]]:
+    torch.manual_seed(1)
+    model.zero_grad()
+    found = leaves(run(x, y))
+    sum(t.sum() * (n + 1) for n, t in enumerate(found) if t.requires_grad).backward()  # type: ignore[union-attr]
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    return [t.detach().clone() for t in found], grads
+
+
+def check(loss: Loss, dtype: torch.dtype = torch.float64, bias: bool = False, **options: Any) -> Watch:
+    """A step, compiled and in eager, and the graphs in between."""
+    torch.manual_seed(0)
+    model = Model(loss, bias).to(dtype)
+    x, y, watch = torch.randn(N, D, dtype=dtype), torch.randint(V, (N,)), Watch()
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    want = step(model, model, x, y)
+    model.load_state_dict(state)
+    compiled = torch.compile(model, backend="cce", options={"inner": watch, "min_vocab": 0, **options})
+    got = step(model, compiled, x, y)
+    relative, absolute = (1e-9, 1e-11) if dtype == torch.float64 else (2e-5, 2e-6)
+    for some, others in zip(got, want, strict=True):
+        assert len(some) == len(others)
+        for a, b in zip(some, others, strict=True):
+            torch.testing.assert_close(a, b, rtol=relative, atol=absolute, equal_nan=True)
+    return watch
+
+
+@pytest.fixture(autouse=True)
+def _fresh() -> None:
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("strategy", ["auto", "recompute"])
+@pytest.mark.parametrize("loss", JOINED, ids=lambda f: f.__name__)
+def test_losses_on_one_weight_are_one_call(loss: Loss, strategy: str) -> None:
+    watch = check(loss, strategy=strategy)
+    assert watch.rewritten == 1
+    early = JOINED[loss].endswith("with_grads") and strategy == "auto"
+    assert watch.calls("with_grads") == early
+
+
+@pytest.mark.parametrize("loss", [chunks, steps, some_ignored, distillation], ids=lambda f: f.__name__)
+def test_a_bias_and_float32(loss: Loss) -> None:
+    assert check(loss, torch.float32, bias=True).rewritten == 1
+
+
+@pytest.mark.parametrize("loss", ANY, ids=lambda f: f.__name__)
+def test_what_stands_between_keeps_its_meaning(loss: Loss) -> None:
+    check(loss)
+
+
+def test_a_mean_of_ignored_rows_alone_is_nan_as_in_eager() -> None:
+    def loss(m: Model, h: Tensor, y: Tensor) -> Tensor:
+        none = torch.full_like(y[:12], -100)
+        return F.cross_entropy(m.head(h[:12]), none) + F.cross_entropy(m.head(h[12:]), y[12:])
+
+    assert check(loss).calls("with_grads") == 1
+
+
+@pytest.mark.parametrize("loss", [chunks, early_exits, later_tokens, distillation], ids=lambda f: f.__name__)
+def test_lengths_that_change(loss: Loss) -> None:
+    torch.manual_seed(0)
+    watch, model = Watch(), Model(loss).double()
+    compiled = torch.compile(model, backend="cce", options={"inner": watch, "min_vocab": 0})
+    for rows in (12, 24, 27, 33):
+        x, y = torch.randn(rows, D, dtype=torch.float64), torch.randint(V, (rows,))
+        got, want = step(model, compiled, x, y), step(model, model, x, y)
+        for a, b in zip((*got[0], *got[1]), (*want[0], *want[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+    assert watch.calls("with_grads") == len(watch.dynamo) == 2
+
+
+@pytest.mark.parametrize("loss", [chunks, steps, distillation], ids=lambda f: f.__name__)
+def test_one_gradient_of_the_weight_is_held(loss: Loss) -> None:
+    """In bytes: that, what it is multiplied into, and little more for all that is of rows and tiles."""
+    torch.manual_seed(0)
+    model, x, y = Model(loss, width=512, classes=4000), torch.randn(N, 512), torch.randint(4000, (N,))
+    run = torch.compile(model, backend="cce", options={"inner": "aot_eager"})
+    step(model, run, x, y)
+    model.zero_grad()
+    assert peak_bytes(lambda: run(x, y).backward()) < 3.5 * model.head.weight.nbytes
+
+
+def test_explain_tells_what_became_of_each() -> None:
+    torch.manual_seed(0)
+    report = cce_fx.explain(Model(chunks), torch.randn(N, D), torch.randint(V, (N,)), options={"min_vocab": 0})
+    assert [line.strategy for line in report.rewritten] == ["grads_in_forward"] * 3
