@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeGuard
 import torch
 from torch import Tensor
 
+from .held import is_held, note
 from .kernels.choose import prepare as prepare
 from .kernels.choose import workspace as workspace
 from .kernels.combine import statistics_dtype
@@ -172,6 +173,7 @@ def _read_rows(
     chosen = torch.where(ignored, 0, -100)
     head = head_args(replace(loss, ignore_index=-100), kernel, skip_ignored=True, smooth="mean" in kernel.reads)
     others = torch.ops.cce.linear_cross_entropy.default(hidden, weight, bias, chosen, None, *head)
+    lse, smooth = lse.detach(), smooth.detach()
     read: dict[Read, Any] = {}
     if "top" in kernel.reads:
         read["top"] = torch.where(ignored, others[5], top)
@@ -255,7 +257,8 @@ def linear_cross_entropy(
         softcap: cap(x) = softcap * tanh(x / softcap), or x where it is None.
         post_scale: a factor of the capped logits.
         strategy: "grads_in_forward" makes the gradients while the tiles of logits are at hand (scalar reductions);
-            "recompute" makes the tiles again in the backward; "auto" chooses.
+            "recompute" makes the tiles again in the backward; "auto" chooses: in the forward, unless another loss holds a
+            gradient of the weight that waits for its backward.
         workspace: bytes the kernel may hold beyond its results; None is the kernel's default.
         filter_eps: None is exact; otherwise the largest part of a row's softmax that gradients may leave out, in [0, 1):
             tiles of classes that carry less are not multiplied. "auto" keeps the bound on the error below the rounding
@@ -284,13 +287,16 @@ def linear_cross_entropy(
     needs = None
     if strategy not in ("auto", "grads_in_forward", "recompute"):
         raise ValueError(f"strategy is 'auto', 'grads_in_forward' or 'recompute', not {strategy!r}")
-    if torch.is_grad_enabled() and makes_grads_in_forward(strategy, reduction, low):
+    waits = strategy == "auto" and not torch.compiler.is_compiling() and is_held([weight])
+    if torch.is_grad_enabled() and makes_grads_in_forward(strategy, reduction, low) and not waits:
         found = Needs(*(t is not None and t.requires_grad for t in (hidden, weight, bias)))
         needs = found if any(found) else None
     kernel = KernelSpec(needs, autocast=True, workspace=workspace, filter_eps=filter_bound(filter_eps, low))
     rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     dtype = statistics_dtype(hidden.dtype)
     out, _ = site_loss(rows, weight, bias, target.reshape(-1), class_weight, weight.shape[0], dtype, loss, kernel)
+    if needs is not None and not torch.compiler.is_compiling():
+        note(out, [weight])
     return out.view(target.shape) if reduction == "none" else out
 
 

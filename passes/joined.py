@@ -8,29 +8,41 @@ a graph; out goes one, which stands in the place of the last, and behind it what
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from ..functional import LIKELIEST, rows_operator
+from ..functional import HEAD_ARGS, LIKELIEST, rows_operator
 from ..kernels.spec import Needs
 from .autocast import autocast_at
 from .canonical import mutated_arguments
 from .fakes import WouldGuard, propagate
 from .rewriter import Builder, erase_unused, size_of
-from .scalar import Coefficients, Flow, NotKnown, can_move, flow_from, make_known, out_of_place, replace_flow
+from .scalar import (
+    Coefficients,
+    Flow,
+    NotKnown,
+    can_move,
+    flow_from,
+    has_gradient,
+    make_known,
+    out_of_place,
+    replace_flow,
+)
 from .sharded import has_sharded_head
-from .trace import Trace, storage_of, switched_off
+from .trace import Trace, storage_of, switched_off, written_between
 from .values import Candidate, Result, same, value_of
 
 T = TypeVar("T")
 _STATISTICS, _WITH_GRADS = LIKELIEST  # `cce::linear_cross_entropy`, and the one with gradients in the forward
 # The operators whose calls are joined, and which of their arguments have rows: a tensor or a list of them.
 _ROWS = {_STATISTICS: (0, 3), rows_operator: (0, 2)}
+_TOP = HEAD_ARGS - 1  # whether a call tells the likeliest classes
 
 
 def on_one_weight(found: Trace) -> list[list[Candidate]]:
@@ -78,47 +90,76 @@ def _behind_last(
 
     `reads` says what each of them is made of.
     """
-    first, last = members[0], members[-1]
-    between, node = [], first
-    while node is not last:
-        between.append(node)
-        node = node.next
-    moved: dict[Node, None] = {}
+    last, moved = members[-1], dict[Node, None]()
+    between = _between(members[0], last)
     for node in [*between, last]:
-        of_them = any(n in moved or n in members for n in node.all_input_nodes)
-        if of_them and node in members:
-            return None
-        if of_them:
-            moved[node] = None
-    memory = {storage_of(n) for given in reads for n in given} | {
-        storage_of(n) for m in moved for n in (m, *m.all_input_nodes)
-    }
-    memory -= {None}
-    off, device = (
-        switched_off(first.graph),
-        next(value_of(n).device for given in reads for n in given if isinstance(value_of(n), Tensor)),
-    )
-    autocast = autocast_at(last, device)
-    for node in between:
-        written = {storage_of(n) for n in mutated_arguments(node)}
-        if node in moved:
-            same = off.get(node) is off.get(last) and autocast_at(node, device) == autocast
-            if node in transformed or not can_move(node) or None in written or not same:
+        if any(n in moved or n in members for n in node.all_input_nodes):
+            if node in members:
                 return None
-        elif written & memory:
-            return None
-    writes = {storage_of(n) for node in moved for n in mutated_arguments(node)}
-    others = [n for n in between if n not in moved]
-    if any(storage_of(n) in writes for node in others for n in (node, *node.all_input_nodes)):
+            moved[node] = None
+    stay = [n for n in between if n not in moved]
+    inputs = [n for given in reads for n in given]
+    read, written = _memory([*inputs, *(n for node in moved for n in (node, *node.all_input_nodes))]), _written(moved)
+    if (
+        None in written
+        or _written(stay) & (read - {None})
+        or written & _memory(n for m in stay for n in (m, *m.all_input_nodes))
+    ):
+        return None
+    if any(node in transformed or not can_move(node) for node in moved) or not _in_one_mode(
+        between, moved, last, inputs
+    ):
         return None
     return list(moved)
 
 
-def join_losses(gm: GraphModule, anchors: Sequence[Node], transformed: Collection[Node], early: bool) -> bool:
-    """Join the calls that were written for some losses, in place; whether gradients are made in the forward, which `early` allows."""
-    calls = [n for n in gm.graph.nodes if (loss := n.meta.get("cce_fx_loss")) is not None and loss.anchor in anchors]
-    joint = join(gm, calls, transformed)
-    return joint is not None and early and _in_forward(gm, joint)
+def _between(first: Node, last: Node) -> list[Node]:
+    """The nodes from one on, up to another."""
+    found = []
+    while first is not last:
+        found.append(first)
+        first = first.next
+    return found
+
+
+def _memory(nodes: Iterable[Node]) -> set[int | None]:
+    return {storage_of(n) for n in nodes}
+
+
+def _written(nodes: Iterable[Node]) -> set[int | None]:
+    return _memory(n for node in nodes for n in mutated_arguments(node))
+
+
+def _in_one_mode(between: Sequence[Node], moved: Collection[Node], last: Node, inputs: Sequence[Node]) -> bool:
+    """Whether gradients are on, and autocast is, where some nodes stand as where the last one does."""
+    off = switched_off(last.graph)
+    if any(off.get(node) is not off.get(last) for node in moved):
+        return False
+    if not any("_autocast" in getattr(node.target, "__name__", "") for node in between):
+        return True
+    device = next(value.device for n in inputs if isinstance(value := value_of(n), Tensor))
+    return all(autocast_at(node, device) == autocast_at(last, device) for node in moved)
+
+
+@dataclass
+class Joined:
+    """What became of losses on one weight."""
+
+    early: set[Node] = field(default_factory=set)  # losses whose gradients are made in the forward
+    sharing: set[Node] = field(default_factory=set)  # losses whose gradient of the weight is another one's
+
+    def add(self, gm: GraphModule, anchors: Collection[Node], transformed: Collection[Node], early: bool) -> None:
+        """Join the calls that were written for some losses, in place; `early` where gradients may be made in the forward."""
+        calls = {
+            n: loss.anchor for n in gm.graph.nodes if (loss := n.meta.get("cce_fx_loss")) and loss.anchor in anchors
+        }
+        joint = join(gm, list(calls), transformed)
+        if joint is None:
+            self.early |= {anchor for call, anchor in calls.items() if early and _in_forward(gm, alone(call))}
+            return
+        self.sharing |= set(list(calls.values())[1:])
+        if early and _in_forward(gm, joint):
+            self.early |= set(calls.values())
 
 
 def join(gm: GraphModule, calls: Sequence[Node], transformed: Collection[Node]) -> Joint | None:
@@ -136,16 +177,35 @@ def alike(one: Node, other: Node) -> bool:
     """Whether two calls differ in nothing but values of rows: what was written for each is written in the same way."""
     if one.target is not other.target or one.target not in _ROWS:
         return False
-    return all(n in _ROWS[one.target] or _same(a, b) for n, (a, b) in enumerate(zip(one.args, other.args, strict=True)))
+    arguments = enumerate(zip(one.args, other.args, strict=True))
+    return all((_like_rows if n in _ROWS[one.target] else _same)(a, b) for n, (a, b) in arguments if n != _TOP)
+
+
+def _like_rows(a: Any, b: Any) -> bool:
+    """Whether values of rows are alike but for their number."""
+    if not isinstance(a, Node):
+        return len(a) == len(b) and all(map(_like_rows, a, b))
+    one, other = value_of(a), value_of(b)
+    return one.dtype == other.dtype and one.device == other.device and _like_sizes(one.shape[1:], other.shape[1:])
+
+
+def _like_sizes(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    return len(a) == len(b) and all(map(same, a, b))
 
 
 def _same(a: Any, b: Any) -> bool:
+    """Whether two arguments are one value: one node, or the same operations on one, which nothing writes to between."""
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(map(_same, a, b))
     if not isinstance(a, Node) or not isinstance(b, Node):
         return type(a) is type(b) and bool(a == b)
-    written = a.op == b.op and a.op in ("call_function", "call_method") and a.target == b.target and can_move(a)
-    return a is b or (written and _same(a.args, b.args) and not a.kwargs and not b.kwargs)
+    if a is b:
+        return True
+    made = a.op == b.op and a.op in ("call_function", "call_method") and a.target == b.target and can_move(a)
+    if not made or a.kwargs or b.kwargs or not _same(a.args, b.args):
+        return False
+    first, last = (a, b) if a < b else (b, a)
+    return not written_between((a, *a.all_input_nodes), first, last)
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,8 +214,14 @@ class Joint:
 
     call: Node
     hidden: tuple[Node, ...]  # (N, D) of each
-    results: dict[int, Node]  # what it returns, by its place
+    results: dict[Node, int]  # what it returns, and at which place
     parts: dict[Node, tuple[int, int]]  # (N,): which result of the call it is of, and for which hidden state
+
+
+def alone(call: Node) -> Joint:
+    """A call that is joined with no other."""
+    results = {u: int(u.args[1]) for u in call.users if u.target is operator.getitem}  # type: ignore[arg-type]
+    return Joint(call, (hidden_of(call),), results, {u: (n, 0) for u, n in results.items()})
 
 
 def _join(gm: GraphModule, calls: Sequence[Node], moved: Sequence[Node]) -> Joint | None:
@@ -163,19 +229,21 @@ def _join(gm: GraphModule, calls: Sequence[Node], moved: Sequence[Node]) -> Join
     hidden = [hidden_of(call) for call in calls]
     device = value_of(hidden[0]).device
     used = {u: number for number, call in enumerate(calls) for u in call.users if u.users}
-    results: dict[int, Node] = {}
+    results: dict[Node, int] = {}
     parts: dict[Node, tuple[int, int]] = {}
     replaced: dict[Node, Node] = {}
     try:
         with builder.before(last):
             args = [builder.proxy(a) for a in calls[0].args]
             sizes = [size_of(value_of(h).shape[0], builder.proxy(h), 0) for h in hidden]
+            if last.target is _STATISTICS:
+                args[_TOP] = any(call.args[_TOP] for call in calls)
             for at in _ROWS[last.target]:
                 args[at] = _of_all(builder, [call.args[at] for call in calls], hidden, sizes)
             out = last.target(*args)  # type: ignore[operator]
             for index in sorted({int(u.args[1]) for u in used}):  # type: ignore[arg-type]
                 whole, start = out[index], 0
-                results[index] = whole.node
+                results[whole.node] = index
                 for number, size in enumerate(sizes):
                     part, start = _rows_from(whole, start, size, device), start + size
                     for old in [u for u, of in used.items() if of == number and u.args[1] == index]:
@@ -228,23 +296,23 @@ def coefficients_of(builder: Builder, joint: Joint, flow: Flow) -> tuple[Coeffic
         found.setdefault(index, {})[number] = known.of(n)
     whole = {}
     for index, some in found.items():
-        zero, shape = next(iter(some.values())).new_zeros(()), value_of(joint.results[index]).shape[1:]
+        result = next(n for n, at in joint.results.items() if at == index)
+        zero, shape = next(iter(some.values())).new_zeros(()), value_of(result).shape[1:]
         every = [some.get(n, zero.expand([known.rows(h), *shape])) for n, h in enumerate(joint.hidden)]
         whole[index] = every[0] if len(every) == 1 else torch.cat(every)
     return known, whole
 
 
-def flow_of(gm: GraphModule, joint: Joint) -> Flow | None:
-    """How all results of a call that have a gradient flow into one scalar, the first such, with what its coefficients are made of
-    before the call; None where they do not."""
-    begins = [n for n in joint.parts if value_of(n).requires_grad and n.users]
+def flow_of(gm: GraphModule, joint: Joint, begins: Sequence[Node]) -> Flow | None:
+    """How some parts of a call's results flow into one scalar, the first such, with what its coefficients are made of before the
+    call; None where they do not."""
     flow = flow_from(gm.graph, begins) if begins else None
     return flow if flow is not None and make_known(gm, joint.call, flow) else None
 
 
 def _in_forward(gm: GraphModule, joint: Joint) -> bool:
     """Make a call's gradients in the forward, in place, where all of the losses flow into one scalar; whether they do."""
-    flow = flow_of(gm, joint)
+    flow = flow_of(gm, joint, [n for n in joint.parts if any(has_gradient(u) for u in n.users)])
     if flow is None:
         return False
     call, builder = joint.call, Builder(gm.graph, {})
@@ -257,7 +325,7 @@ def _in_forward(gm: GraphModule, joint: Joint) -> bool:
             out = torch.ops.cce.linear_cross_entropy_with_grads.default(
                 *given, nll, weights.get(1), weights.get(2), *needs
             )
-            results = {old: out[_RESULTS[index]].node for index, old in joint.results.items()}
+            results = {old: out[_RESULTS[n]].node for old, n in joint.results.items()}
         with builder.before(flow.scalar):
             total = coefficients.with_addends(builder, out[0])
         propagate(gm, builder.written, grad=True)

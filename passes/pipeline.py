@@ -20,7 +20,7 @@ from . import fakes
 from .beside import with_readings
 from .decide import decide
 from .faults import Fault, Undo, failed, stage
-from .joined import join_losses, on_one_weight
+from .joined import Joined, on_one_weight
 from .modules import inline_known
 from .policy import Policy
 from .programs.tier import RowPrograms, cut_rows, join_rows
@@ -44,13 +44,13 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
     done: list[LossSite] = []
     moved: dict[Node, Node] = {}
     read: set[Node] = set()
-    forward: set[Node] = set()
+    shared = Joined()
     needed, joined = found.needed(), RowPrograms()
     if policy.tiers == "all":
         with stage("row programs", output_of(gm.graph)):
             joined = join_rows(gm, found, policy, undo)
     with stage("joining losses", output_of(gm.graph)):
-        groups = on_one_weight(found)
+        groups = on_one_weight(found) if policy.strategy != "grads_in_forward" else []
     together = {c.anchor for group in groups for c in group}
     later = replace(policy, strategy="recompute")
     for candidate in found.candidates:
@@ -81,18 +81,16 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
     for group in groups:
         with stage("joining losses", *(c.anchor for c in group)):
             early = makes_grads_in_forward(policy.strategy, "mean", group[0].view.dtype)
-            if join_losses(gm, [c.anchor for c in group], found.transformed, early):
-                forward |= {c.anchor for c in group}
+            shared.add(gm, {c.anchor for c in group}, found.transformed, early)
     rows = RowPrograms()
     if policy.tiers == "all":
         with stage("row programs", output_of(gm.graph)):
             rows = cut_rows(gm, found, policy, undo)
             declines = rows.declines(joined.declines(declines))
     for site in done:
-        line = Rewritten.of(site, logits_use(site.candidate.view))
-        report.rewritten.append(
-            replace(line, strategy="grads_in_forward") if site.candidate.anchor in forward else line
-        )
+        line, anchor = Rewritten.of(site, logits_use(site.candidate.view)), site.candidate.anchor
+        line = replace(line, strategy="grads_in_forward") if anchor in shared.early else line
+        report.rewritten.append(line.without_weight(site) if anchor in shared.sharing else line)
     report.rewritten += [cut.reported(policy) for cut in (*joined.cuts, *rows.cuts)]
     report.declined += [Declined.of(d) for d in declines]
     for body in _bodies(gm, found):

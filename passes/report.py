@@ -52,6 +52,11 @@ class Rewritten:
             logits=logits,
         )
 
+    def without_weight(self, site: LossSite) -> Rewritten:
+        """The same, where the gradient of the weight is counted with another loss, which shares it."""
+        gradient = site.candidate.view.dtype.itemsize * V * D
+        return replace(self, bytes_needed_expr=str(site.needed_bytes - gradient))
+
     def __str__(self) -> str:
         saved = _amount(self.bytes_saved, self.bytes_saved_expr)
         needed = _amount(self.bytes_needed, self.bytes_needed_expr)

@@ -150,7 +150,7 @@ def _shaped(a: Tensor, b: Tensor) -> bool:
     return len(a.shape) == len(b.shape) and all(same(x, y) for x, y in zip(a.shape, b.shape, strict=True))
 
 
-def _grads(node: Node) -> bool:
+def has_gradient(node: Node) -> bool:
     """Whether a gradient may flow through a reader. None flows through sizes."""
     leaves = tree_leaves(value_of(node))
     numbers = all(isinstance(v, (int, torch.SymInt)) for v in leaves) and leaves
@@ -203,7 +203,7 @@ def _way(scalar: Node, flowing: set[Node]) -> set[Node]:
 def _all_flow_into(scalar: Node, flowing: set[Node], roots: set[Node]) -> bool:
     """Whether what flows has no reader with a gradient but those on the way to a scalar."""
     way = _way(scalar, flowing)
-    return roots <= way and all(u in way or not _grads(u) for n in way - {scalar} for u in n.users)
+    return roots <= way and all(u in way or not has_gradient(u) for n in way - {scalar} for u in n.users)
 
 
 def out_of_place(gm: GraphModule) -> None:

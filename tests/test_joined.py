@@ -265,3 +265,69 @@ def test_explain_tells_what_became_of_each() -> None:
     torch.manual_seed(0)
     report = cce_fx.explain(Model(chunks), torch.randn(N, D), torch.randint(V, (N,)), options={"min_vocab": 0})
     assert [line.strategy for line in report.rewritten] == ["grads_in_forward"] * 3
+    needed = [line.bytes_needed for line in report.rewritten]
+    assert [needed[0] - one for one in needed] == [
+        0,
+        4 * V * D,
+        4 * V * D,
+    ]  # the gradient of the weight is counted once
+
+
+def test_calls_that_differ_make_gradients_in_the_forward_each() -> None:
+    """Where one tells more than the others, they stay apart."""
+
+    def loss(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = m.head(h[:12])
+        return F.cross_entropy(z, y[:12]) + F.cross_entropy(m.head(h[12:]), y[12:]), z.detach().mean()
+
+    watch = check(loss)
+    assert watch.calls("with_grads") == watch.rewritten - 1 == 2  # and the rows that a mean needs beside
+
+
+def test_an_accuracy_of_one_comes_out_of_the_call_of_all() -> None:
+    def loss(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = m.head(h[:12])
+        hits = (z.argmax(-1) == y[:12]).float().mean()
+        return F.cross_entropy(z, y[:12]) + F.cross_entropy(m.head(h[12:]), y[12:]), hits
+
+    assert check(loss).calls("with_grads") == 1
+
+
+def losses_of(model: Model, x: Tensor, y: Tensor) -> list[Tensor]:
+    return [F.cross_entropy(model.head(a), b) for a, b in zip(x.chunk(3), y.chunk(3), strict=True)]
+
+
+def functional_losses(model: Model, x: Tensor, y: Tensor) -> list[Tensor]:
+    pairs = zip(x.chunk(3), y.chunk(3), strict=True)
+    return [cce_fx.linear_cross_entropy(a, model.head.weight, b) for a, b in pairs]
+
+
+def is_early(loss: Tensor) -> bool:
+    """Whether a loss made its gradients in the forward."""
+    nodes = [loss.grad_fn]
+    for node in nodes:
+        nodes += [n for n, _ in node.next_functions if n is not None]  # type: ignore[union-attr]
+    return any("with_grads" in node.name() for node in nodes if node is not None)
+
+
+@pytest.mark.parametrize("losses", [losses_of, functional_losses])
+def test_losses_outside_a_graph_hold_one_gradient_of_the_weight(losses: Callable[..., list[Tensor]]) -> None:
+    torch.manual_seed(0)
+    model, x, y = Model(chunks, width=512, classes=4000), torch.randn(N, 512), torch.randint(4000, (N,))
+    want = torch.autograd.grad(sum(losses_of(model, x, y)), model.head.weight)[0]  # type: ignore[arg-type]
+    handle = cce_fx.lazy_head(model.head, {"min_vocab": 0}) if losses is losses_of else None
+    for _ in range(2):  # after a backward, the first makes its gradient in the forward again
+        model.zero_grad()
+        found = losses(model, x, y)
+        assert [is_early(loss) for loss in found] == [True, False, False]
+        sum(found).backward()  # type: ignore[union-attr]
+        torch.testing.assert_close(model.head.weight.grad, want)
+    model.zero_grad()
+    assert peak_bytes(lambda: sum(losses(model, x, y)).backward()) < 3.5 * model.head.weight.nbytes  # type: ignore[union-attr]
+    first, *_ = found = losses(model, x, y)
+    first.backward(retain_graph=True)
+    assert not is_early(losses(model, x, y)[0])  # its gradient may be asked for again
+    del first, found
+    assert is_early(losses(model, x, y)[0])
+    if handle is not None:
+        handle.remove()

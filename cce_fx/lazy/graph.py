@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from .._torch import FakeTensorMode, enter_autocast, exit_autocast, tree_map
+from ..held import is_held, note
 from ..passes import fakes
 from ..passes.autocast import under, written_under
 from ..passes.beside import tell_likeliest
@@ -49,6 +50,14 @@ class _Cache(OrderedDict[Any, Any]):
         return self[key]
 
 
+@dataclass(frozen=True)
+class _How:
+    """In which way losses are cut."""
+
+    small: bool  # logits for which what no kernel knows is not worth it
+    again: bool  # whether they make gradients in their backward, since others wait for theirs
+
+
 @dataclass
 class _Kind:
     """What expressions become that differ in the sizes of their rows alone: a graph, or False; None where that depends on them."""
@@ -56,13 +65,13 @@ class _Kind:
     any_size: GraphModule | bool | None
     by_size: _Cache = field(default_factory=_Cache)
 
-    def graph(self, expression: Expression, small: bool) -> GraphModule | bool:
+    def graph(self, expression: Expression, how: _How) -> GraphModule | bool:
         if self.any_size is not None:
             return self.any_size
         sizes = tuple(expression.sizes)
         if sizes not in self.by_size and len(self.by_size) >= _MOST_SIZES and not any(self.by_size.values()):
             return False
-        graph: GraphModule | bool = self.by_size.get_or_make(sizes, lambda: _cut(expression, small, None) or False)
+        graph: GraphModule | bool = self.by_size.get_or_make(sizes, lambda: _cut(expression, how, None) or False)
         return graph
 
 
@@ -92,11 +101,13 @@ def run_without_logits(expression: Expression, small: bool) -> Any:
 
     Tensors are returned in the order of `tree_leaves`. Where the logits are `small`, what no kernel knows is not worth it.
     """
+    weights = [t for chain in expression.chains for t in chain.inputs if isinstance(t, Tensor) and t.requires_grad]
+    how = _How(small, expression.grad and is_held(weights))
     try:
-        kind: _Kind = _kinds.get_or_make((small, expression.key), lambda: _Kind(_cut_for_any_size(expression, small)))
+        kind: _Kind = _kinds.get_or_make((how, expression.key), lambda: _Kind(_cut_for_any_size(expression, how)))
     except TypeError:  # an argument without a hash
         return NotImplemented
-    graph = kind.graph(expression, small)
+    graph = kind.graph(expression, how)
     if not isinstance(graph, GraphModule):
         return NotImplemented
     with torch.set_grad_enabled(expression.grad), torch.autocast(expression.device.type, enabled=False):
@@ -104,23 +115,27 @@ def run_without_logits(expression: Expression, small: bool) -> Any:
     if _TELLS in graph.meta:
         *found, top = found
         remember(expression, top)
+    if expression.grad and not how.again:
+        note(found[0], weights)
     return tuple(found)
 
 
-def _cut_for_any_size(expression: Expression, small: bool) -> GraphModule | bool | None:
+def _cut_for_any_size(expression: Expression, how: _How) -> GraphModule | bool | None:
     """The graph without the logits, where two choices of sizes make the same of it; None where they do not, False at a fault."""
-    one = _cut(expression, small, _FIRST[0])
+    one = _cut(expression, how, _FIRST[0])
     if not isinstance(one, GraphModule):
         return one
-    two = _cut(expression, small, _FIRST[1])
+    two = _cut(expression, how, _FIRST[1])
     return one if isinstance(two, GraphModule) and one.code == two.code else None
 
 
-def _cut(expression: Expression, small: bool, first: int | None) -> GraphModule | bool | None:
+def _cut(expression: Expression, how: _How, first: int | None) -> GraphModule | bool | None:
     """The graph without the logits; None where the pass declines, False where it fails."""
     policy = expression.chains[0].policy
     # A compiled row program would let the program wait for the compiler, for a number that it may ask for once.
-    policy = replace(policy, min_vocab=0, tiers="kernel" if small else policy.tiers, compiled=False)
+    policy = replace(policy, min_vocab=0, tiers="kernel" if how.small else policy.tiers, compiled=False)
+    if how.again and policy.strategy == "auto":
+        policy = replace(policy, strategy="recompute")
 
     def examine(writer: _Writer, node: Node) -> GraphModule | None:
         gm = writer.gm

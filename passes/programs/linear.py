@@ -3,13 +3,11 @@
 
 from __future__ import annotations
 
-import operator
-
 from torch.fx import GraphModule, Node
 
 from ...functional import RowProgram, rows_with_grads
 from ..fakes import WouldGuard, propagate
-from ..joined import Joint, coefficients_of, flow_of, hidden_of
+from ..joined import Joint, alone, coefficients_of, flow_of
 from ..rewriter import Builder, erase_unused
 from ..scalar import Flow, NotKnown, replace_flow
 from ..values import value_of
@@ -18,16 +16,12 @@ from .own_gradient import is_in_proportion
 
 def make_gradients_in_forward(gm: GraphModule, given: Node | Joint) -> bool:
     """Turn a call of `cce::rows` into one of `cce::rows_with_grads`, in place; whether that is possible."""
-    joint = _alone(given) if isinstance(given, Node) else given
+    joint = alone(given) if isinstance(given, Node) else given
     if not is_in_proportion(RowProgram.of(str(joint.call.args[4]))):
         return False
-    flow = flow_of(gm, joint)
+    begins = sorted((n for n in joint.parts if value_of(n).requires_grad), key=joint.parts.__getitem__)
+    flow = flow_of(gm, joint, begins)
     return flow is not None and _rewrite(gm, joint, flow)
-
-
-def _alone(call: Node) -> Joint:
-    outputs = {u: int(u.args[1]) for u in call.users if u.target is operator.getitem}  # type: ignore[arg-type]
-    return Joint(call, (hidden_of(call),), {n: o for o, n in outputs.items()}, {o: (n, 0) for o, n in outputs.items()})
 
 
 def _rewrite(gm: GraphModule, joint: Joint, flow: Flow) -> bool:
@@ -40,7 +34,7 @@ def _rewrite(gm: GraphModule, joint: Joint, flow: Flow) -> bool:
             coefficients, of_results = coefficients_of(builder, joint, flow)
             groups = [builder.proxy(list(g)) for g in (hidden, weight, rows, shared)]  # type: ignore[arg-type]
             out = rows_with_grads(*groups, [of_results[n] for n in sorted(of_results)], needs, *how)
-            results = {old: out[n + 1].node for n, old in joint.results.items()}
+            results = {old: out[n + 1].node for old, n in joint.results.items()}
         with builder.before(flow.scalar):
             total = coefficients.with_addends(builder, out[0])
         propagate(gm, builder.written, grad=True)
