@@ -14,7 +14,7 @@ COMMANDS = {
     "report": "markdown tables and pictures from what the other programs wrote",
     "kernel": "the CPU kernel alone beside the bare matrix products",
     "filtered": "the bounded filter on a trained model, on a GPU",
-    "programs": "losses of the rows that no kernel knows: distillation, margins, many labels",
+    "programs": "losses of the rows that no kernel knows (distillation, margins, many labels), and several on one weight",
     "step": "a whole training step of a Llama",
     "after_step": "what it costs that unread logits outlive an optimizer's step",
     "memory_timeline": "what holds memory over one training step, as a picture",

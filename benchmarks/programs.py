@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Losses of the rows, eager, inductor, cce and Liger's in one process: `python -m benchmarks programs`.
+"""Losses of the rows, and several losses on one weight, eager, inductor, cce and Liger's: `python -m benchmarks programs`.
 
 Each is a student's head of hidden size D with its loss, forward and backward, in float32. Time is the median of interleaved
 rounds, memory what a step holds at its peak beyond the inputs and the gradients, exact; the first call is the compiler's work and
@@ -104,6 +104,23 @@ def arcface(student: nn.Module, teacher: nn.Module, x: Tensor, e: Tensor, y: Ten
     return F.cross_entropy(torch.where(right, torch.cos(torch.acos(cosine) + 0.5), cosine) * 32, y)
 
 
+def chunks(student: nn.Module, teacher: nn.Module, x: Tensor, e: Tensor, y: Tensor) -> Tensor:
+    """Cross entropy of eight chunks of the batch, each with its own logits, as programs save memory by hand."""
+    loss: Any = 0.0
+    for some, targets in zip(x.chunk(8), y.chunk(8), strict=True):
+        loss += F.cross_entropy(student(some), targets, reduction="sum")
+    return loss / y.numel()
+
+
+def exits(student: nn.Module, teacher: nn.Module, x: Tensor, e: Tensor, y: Tensor) -> Tensor:
+    """Cross entropies of four layers' states, as models have them that may end at any layer."""
+    losses = []
+    for _ in range(4):
+        x = torch.tanh(x * 1.1)
+        losses.append(F.cross_entropy(student(x), y))
+    return torch.stack(losses).mean()
+
+
 LOSSES: dict[str, tuple[Loss, tuple[int, int, int, int]]] = {  # N, D of the student and of the teacher, V
     "kl": (kl, (2048, 512, 1024, 32000)),
     "jsd": (jsd, (2048, 512, 1024, 32000)),
@@ -113,6 +130,8 @@ LOSSES: dict[str, tuple[Loss, tuple[int, int, int, int]]] = {  # N, D of the stu
     "labels": (labels, (512, 512, 8, 100000)),
     "arcface": (arcface, (512, 512, 8, 100000)),
     "clip": (clip, (8192, 512, 8, 8192)),
+    "chunks": (chunks, (2048, 512, 8, 32000)),
+    "exits": (exits, (512, 512, 8, 32000)),
 }
 TITLES = {
     "kl": "distillation, KL",
@@ -123,6 +142,8 @@ TITLES = {
     "labels": "multi-label BCE",
     "arcface": "ArcFace",
     "clip": "CLIP, both directions",
+    "chunks": "cross entropy in eight chunks",
+    "exits": "cross entropies of four layers",
 }
 LIGER: dict[str, Callable[[], Loss]] = {"jsd": liger_jsd}
 

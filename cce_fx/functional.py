@@ -173,13 +173,13 @@ def _read_rows(
     chosen = torch.where(ignored, 0, -100)
     head = head_args(replace(loss, ignore_index=-100), kernel, skip_ignored=True, smooth="mean" in kernel.reads)
     others = torch.ops.cce.linear_cross_entropy.default(hidden, weight, bias, chosen, None, *head)
-    lse, smooth = lse.detach(), smooth.detach()
     read: dict[Read, Any] = {}
     if "top" in kernel.reads:
         read["top"] = torch.where(ignored, others[5], top)
     if "mean" in kernel.reads:  # smooth is the sum of lse - z
+        lse, smooth = lse.detach(), smooth.detach()  # no gradient flows on the way to the readings
         lse, smooth = torch.where(ignored, others[1], lse), torch.where(ignored, others[2], smooth)
-        read["mean"] = (lse - smooth / classes).detach()
+        read["mean"] = lse - smooth / classes
     return read
 
 

@@ -296,9 +296,9 @@ def coefficients_of(builder: Builder, joint: Joint, flow: Flow) -> tuple[Coeffic
         found.setdefault(index, {})[number] = known.of(n)
     whole = {}
     for index, some in found.items():
-        result = next(n for n, at in joint.results.items() if at == index)
-        zero, shape = next(iter(some.values())).new_zeros(()), value_of(result).shape[1:]
-        every = [some.get(n, zero.expand([known.rows(h), *shape])) for n, h in enumerate(joint.hidden)]
+        shape = value_of(next(n for n, at in joint.results.items() if at == index)).shape[1:]
+        zero = next(iter(some.values())).new_zeros(()) if len(some) < len(joint.hidden) else None
+        every = [some[n] if n in some else zero.expand([known.rows(h), *shape]) for n, h in enumerate(joint.hidden)]
         whole[index] = every[0] if len(every) == 1 else torch.cat(every)
     return known, whole
 

@@ -28,6 +28,46 @@ class Fault:
 
 FAULTS = [
     Fault(
+        "a weight that is written over between two losses is one weight",
+        "passes/joined.py",
+        "    return not written_between((a, *a.all_input_nodes), first, last)",
+        "    return True",
+    ),
+    Fault(
+        "a loss that another one is made of is joined with it",
+        "passes/joined.py",
+        """            if node in members:
+                return None
+""",
+        """            if node in members:
+                continue
+""",
+    ),
+    Fault(
+        "what is written down between two losses is written where it was",
+        "passes/joined.py",
+        "written & _memory(n for m in stay for n in (m, *m.all_input_nodes))",
+        "False",
+    ),
+    Fault(
+        "what is added to losses on one weight is lost",
+        "passes/scalar.py",
+        'if name == "sub" and node.args[0] is inputs[0] else total + added',
+        'if name == "sub" and node.args[0] is inputs[0] else total',
+    ),
+    Fault(
+        "a mean of nothing ends the gradients of other losses",
+        "passes/scalar.py",
+        "total = total + torch.where(condition, math.nan, 0.0)",
+        "total = torch.where(condition, math.nan, total)",
+    ),
+    Fault(
+        "a gradient that waits for its backward is not seen",
+        "cce_fx/held.py",
+        "return bool(node._raw_saved_tensors)",
+        "return node._raw_saved_tensors is None",
+    ),
+    Fault(
         "a softmax over rows is one over classes",
         "passes/programs/operations.py",
         """    for d in over:
@@ -421,6 +461,8 @@ def red(fault: Fault, where: Path) -> bool:
         tests += [f"tests/test_{name}.py" for name in names]
         if "beside" in fault.path or "functional" in fault.path:
             tests.insert(0, "tests/test_beside.py")
+        if fault.path in ("passes/joined.py", "passes/scalar.py", "cce_fx/held.py"):
+            tests.insert(0, "tests/test_joined.py")
         if fault.path.startswith(("passes/programs", "cce_fx/row_op")):
             tests = [f"tests/test_{name}.py" for name in ("program_heads", "row_programs", "changing_sizes", "forms")]
             if "own_gradient" in fault.path:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,14 @@ def early_exits(m: Model, h: Tensor, y: Tensor) -> Tensor:
         h = torch.tanh(m.cell(h))
         losses.append(weight * F.cross_entropy(m.head(h), y))
     return sum(losses) + h.pow(2).mean() - 3.0  # an auxiliary loss with a gradient of its own
+
+
+def added_to_an_auxiliary_loss(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    loss = h.pow(2).mean()
+    for k in range(3):
+        h = torch.tanh(m.cell(h))
+        loss = (k + 1.0 - loss if k == 1 else loss - k) + F.cross_entropy(m.head(h), y)
+    return loss
 
 
 def weighted_exits(m: Model, h: Tensor, y: Tensor) -> Tensor:
@@ -112,6 +121,7 @@ def distillation(m: Model, h: Tensor, y: Tensor) -> Tensor:
 
 
 JOINED = {
+    added_to_an_auxiliary_loss: "with_grads",
     chunks: "with_grads", steps: "with_grads", early_exits: "with_grads", later_tokens: "with_grads",
     other_rows_of_one: "with_grads", some_ignored: "with_grads", class_weights: "with_grads",
     weighted_exits: "linear_cross_entropy", parts_with_gradients: "linear_cross_entropy", distillation: "rows_with_grads",
@@ -131,6 +141,15 @@ def weight_changed_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
     return first + F.cross_entropy(F.linear(h[12:], m.head.weight * 1.0), y[12:])
 
 
+def weight_of_rows_changed_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    losses = []
+    for a in h.chunk(2):
+        losses.append(F.linear(a, torch.tanh(m.head.weight)).softmax(-1).pow(2).sum())
+        with torch.no_grad():
+            m.head.weight.mul_(0.9)
+    return losses[0] + losses[1]
+
+
 def read_without_gradient_between(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     first = F.cross_entropy(m.head(h[:12]), y[:12])
     with torch.no_grad():
@@ -141,7 +160,7 @@ def read_without_gradient_between(m: Model, h: Tensor, y: Tensor) -> tuple[Tenso
 def written_down_between(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     record = torch.zeros(2, dtype=h.dtype)
     first = F.cross_entropy(m.head(h[:12]), y[:12])
-    record[0] = first.detach()
+    record[0].add_(first.detach())
     seen = record.clone()
     second = F.cross_entropy(m.head(h[12:]), y[12:])
     record[1] = second.detach()
@@ -169,7 +188,7 @@ def autocast_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
 
 
 ANY = [
-    feeds_the_next, weight_changed_between, read_without_gradient_between, written_down_between, added_to_what_is_kept,
+    feeds_the_next, weight_changed_between, weight_of_rows_changed_between, read_without_gradient_between, written_down_between, added_to_what_is_kept,
     noise_between, in_checkpoints, autocast_between,
 ]  # fmt: skip
 
@@ -331,3 +350,68 @@ def test_losses_outside_a_graph_hold_one_gradient_of_the_weight(losses: Callable
     assert is_early(losses(model, x, y)[0])
     if handle is not None:
         handle.remove()
+
+
+def drawn(seed: int) -> Loss:
+    """Two to five losses on one weight, of kinds, reductions and sums that are drawn."""
+    rng = random.Random(seed)
+    kinds = [rng.choice(["rows", "next", "same", "fed", "other"]) for _ in range(rng.randint(2, 5))]
+    options = [{"label_smoothing": rng.choice([0.0, 0.1])} for _ in kinds]
+    options = [options[0] if rng.random() < 0.7 else o for o in options]
+    reductions = [rng.choice(["mean", "sum", "none"]) for _ in kinds]
+    factors = [rng.choice([1.0, 0.5, -2.0]) for _ in kinds]
+    ignored = [rng.choice([0.0, 0.3, 1.0]) for _ in kinds]
+    how, told = (
+        rng.choice(["add", "iadd", "stack", "sum", "learnt", "apart"]),
+        rng.choice([None, "detach", "no_grad", "argmax"]),
+    )
+
+    def loss(m: Model, h: Tensor, y: Tensor) -> Any:
+        losses, seen, at = [], [], 0
+        for n, kind in enumerate(kinds):
+            a, b = h, y
+            if kind == "rows":
+                a, b = h[at : at + 7], y[at : at + 7]
+                at = (at + 3) % 12
+            elif kind == "next":
+                h = a = torch.tanh(m.cell(h))
+            elif kind == "fed" and losses:
+                a = h * torch.sigmoid(losses[-1])
+            elif kind == "other":
+                b = y.flip(0)
+            b = torch.where(torch.arange(len(b)) < ignored[n] * len(b), -100, b)
+            z = m.head(a)
+            one = F.cross_entropy(z, b, reduction=reductions[n], **options[n])
+            one = one.sum() / 3 if reductions[n] == "none" else one
+            one = torch.nan_to_num(one) if ignored[n] == 1.0 and n % 2 else one
+            if told == "detach":
+                seen.append(one.detach() * 2)
+            elif told == "no_grad":
+                with torch.no_grad():
+                    seen.append(one + 1)
+            elif told == "argmax" and n == 0:
+                seen.append((z.argmax(-1) == b).double().mean())
+            losses.append(factors[n] * one)
+        if how == "apart":
+            return (*losses, *seen)
+        if how == "stack":
+            total = torch.stack(losses).mean()
+        elif how == "sum":
+            total = sum(losses) / len(losses) + h.pow(2).mean()  # type: ignore[assignment]
+        elif how == "learnt":
+            total = (torch.stack(losses) * m.mix[0].exp()).sum()
+        else:
+            total = losses[0]
+            for one in losses[1:]:
+                if how == "iadd":
+                    total += one
+                else:
+                    total = total + one
+        return (total, *seen)
+
+    return loss
+
+
+@pytest.mark.parametrize("seed", [*range(12), *(pytest.param(n, marks=pytest.mark.slow) for n in range(12, 400))])
+def test_drawn_sums_of_losses(seed: int) -> None:
+    check(drawn(seed))
