@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 _MOST = 64  # nodes of autograd between a loss and its operator
-_waiting: dict[int, weakref.ref[Any]] = {}  # nodes of autograd, by the memory of their weights
+_waiting: dict[int | None, weakref.ref[Any]] = {}  # nodes of autograd, by the memory of their weights
 
 
 def is_held(weights: Iterable[Tensor]) -> bool:
@@ -25,9 +25,9 @@ def is_held(weights: Iterable[Tensor]) -> bool:
 def note(loss: Tensor, weights: Iterable[Tensor]) -> None:
     """Remember the gradients of some weights that a loss holds, if it made any."""
     node = next((n for n in _behind(loss.grad_fn) if "with_grads" in n.name()), None)
-    for weight in weights if node is not None else ():
-        key = _memory(weight)
-        _waiting[key] = weakref.ref(node, lambda reference, key=key: _forget(key, reference))
+    for key in map(_memory, weights) if node is not None else ():
+        if key is not None:
+            _waiting[key] = weakref.ref(node, lambda reference, key=key: _forget(key, reference))
 
 
 def _forget(key: int, reference: Any) -> None:
@@ -35,8 +35,11 @@ def _forget(key: int, reference: Any) -> None:
         del _waiting[key]
 
 
-def _memory(weight: Tensor) -> int:
-    return weight.untyped_storage()._cdata
+def _memory(weight: Tensor) -> int | None:
+    try:
+        return weight.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):  # under a transform, say, where a tensor has no memory
+        return None
 
 
 def _behind(node: Any) -> Iterator[Any]:

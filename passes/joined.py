@@ -22,7 +22,7 @@ from ..kernels.spec import Needs
 from .autocast import autocast_at
 from .canonical import mutated_arguments
 from .fakes import WouldGuard, propagate
-from .rewriter import Builder, erase_unused, size_of
+from .rewriter import Builder, erase_unused, in_its_place, size_of
 from .scalar import (
     Coefficients,
     Flow,
@@ -255,6 +255,7 @@ def _join(gm: GraphModule, calls: Sequence[Node], moved: Sequence[Node]) -> Join
     for node in moved:
         last.prepend(node)
     for old, new in replaced.items():
+        in_its_place(old, new)
         old.replace_all_uses_with(new)
     # Results stand among what is moved, being read from the calls.
     erase_unused(gm.graph, [u for call in calls for u in list(call.users)] + list(calls))

@@ -104,9 +104,15 @@ def rewrite_site(gm: GraphModule, site: LossSite, policy: Policy, moved: dict[No
     if kernel is not None and site.candidate.result is Result.LOSS:
         kernel.meta["cce_fx_loss"] = site.candidate
     for candidate in (site.candidate, *site.readings):
+        in_its_place(candidate.anchor, written[candidate.anchor])
         candidate.anchor.replace_all_uses_with(written[candidate.anchor])
         erase_unused(gm.graph, [candidate.anchor, *reversed(candidate.view.path)])
     return None
+
+
+def in_its_place(old: Node, new: Node) -> None:
+    """Give what stands in the place of a node its example value, whose memory is that of the views that others have of it."""
+    new.meta["example_value"] = value_of(old)
 
 
 _FORMS = {

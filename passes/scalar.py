@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -21,8 +21,8 @@ from torch.fx import Graph, GraphModule, Node
 from .._torch import tree_leaves
 from .canonical import CASTS, canonical, mutated_arguments
 from .fakes import propagate
-from .rewriter import Builder, erase_unused
-from .trace import storage_of
+from .rewriter import Builder, erase_unused, in_its_place
+from .trace import storage_of, written_between
 from .values import same, value_of
 
 
@@ -168,15 +168,14 @@ class Flow:
     begins: tuple[Node, ...]
 
     @property
-    def later(self) -> Iterator[Node]:
-        """The nodes after those that it begins with, and up to the scalar."""
-        return (n for n in self.nodes if n not in self.begins)
+    def later(self) -> list[Node]:
+        """The nodes after those that it begins with, and up to the scalar, in the graph's order."""
+        return sorted(n for n in self.nodes if n not in self.begins)
 
 
 def flow_from(graph: Graph, begins: Sequence[Node]) -> Flow | None:
     """How all that has a gradient flows from some nodes into one scalar, the first such; None where it does not."""
-    flowing = roots = set(begins)
-    flowing, seen = set(begins), 0
+    roots, flowing, seen = set(begins), set(begins), 0
     for node in graph.nodes:
         seen += node in roots
         if seen == 0 or node in roots or not any(n in flowing for n in node.all_input_nodes):
@@ -227,7 +226,13 @@ def out_of_place(gm: GraphModule) -> None:
 
 
 def make_known(gm: GraphModule, call: Node, flow: Flow) -> bool:
-    """Move what the coefficients of a flow are made of before a call that it begins behind; whether that is possible."""
+    """Move what the coefficients of a flow are made of before a call that it begins behind; whether that is possible.
+
+    It is not where something between writes to what flows, or to what that is multiplied by or added to.
+    """
+    read = {n for node in flow.later for n in (node, *node.all_input_nodes)}
+    if written_between(read, call, flow.scalar):
+        return False
     order = {node: number for number, node in enumerate(gm.graph.nodes)}
     found: set[Node] = set()
     stack = [n for node in flow.later for n in _factors(node, flow)]
@@ -275,8 +280,7 @@ class Coefficients:
         one = builder.graph.call_function(torch.ones, ((),), {"dtype": value.dtype, "device": value.device})
         self._made: dict[Node, Any] = {flow.scalar: builder.proxy(one)}
         self._whole: set[Node] = set()  # whose gradient is of their shape; that of others is a scalar
-        order = {node: number for number, node in enumerate(builder.graph.nodes)}
-        for node in sorted(flow.later, key=order.__getitem__, reverse=True):
+        for node in reversed(flow.later):
             self._pass_on(node)
 
     def _pass_on(self, node: Node) -> None:
@@ -319,6 +323,7 @@ class Coefficients:
 
 def replace_flow(gm: GraphModule, flow: Flow, total: Node, parts: Mapping[Node, Node]) -> None:
     """Put `total` in the place of a flow's scalar, and what has no gradient in that of the nodes that it begins with."""
+    in_its_place(flow.scalar, total)
     flow.scalar.replace_all_uses_with(total)
     for old, new in parts.items():
         old.replace_all_uses_with(new)

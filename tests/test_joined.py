@@ -174,6 +174,26 @@ def added_to_what_is_kept(m: Model, h: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     return first, kept  # the sum of both: they share their memory
 
 
+def an_addend_changed_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    aux = h.detach().pow(2).mean()
+    loss = aux + F.cross_entropy(m.head(h[:12]), y[:12])
+    aux.add_(1.0)
+    return loss + F.cross_entropy(m.head(h[12:]), y[12:])
+
+
+def a_loss_changed_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    first, second = F.cross_entropy(m.head(h[:12]), y[:12]), F.cross_entropy(m.head(h[12:]), y[12:])
+    first.detach().mul_(2.0)
+    return first + second
+
+
+def a_factor_changed_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
+    factor = torch.ones((), dtype=h.dtype)
+    first, second = F.cross_entropy(m.head(h[:12]), y[:12]), F.cross_entropy(m.head(h[12:]), y[12:])
+    factor.mul_(3.0)
+    return factor * first + second
+
+
 def noise_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
     first = F.cross_entropy(m.head(h[:12]), y[:12])
     noisy = F.dropout(first, 0.5) if torch.is_grad_enabled() else first
@@ -189,7 +209,8 @@ def autocast_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
 
 ANY = [
     feeds_the_next, weight_changed_between, weight_of_rows_changed_between, read_without_gradient_between, written_down_between, added_to_what_is_kept,
-    noise_between, in_checkpoints, autocast_between,
+    an_addend_changed_between, a_loss_changed_between, a_factor_changed_between, noise_between, in_checkpoints,
+    autocast_between,
 ]  # fmt: skip
 
 
@@ -278,6 +299,13 @@ def test_one_gradient_of_the_weight_is_held(loss: Loss) -> None:
     step(model, run, x, y)
     model.zero_grad()
     assert peak_bytes(lambda: run(x, y).backward()) < 3.5 * model.head.weight.nbytes
+
+
+def test_under_a_transform_nothing_is_noted() -> None:
+    """There tensors have no memory of their own; the error is torch's."""
+    h, w, y = torch.randn(4, D), torch.randn(V, D), torch.randint(V, (4,))
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda w: cce_fx.linear_cross_entropy(h, w, y))(w)
 
 
 def test_explain_tells_what_became_of_each() -> None:

@@ -15,7 +15,7 @@ from ...functional import run_rows
 from ..canonical import mutated_arguments
 from ..fakes import propagate
 from ..policy import Policy
-from ..rewriter import Builder, head_operands, size_of
+from ..rewriter import Builder, head_operands, in_its_place, size_of
 from ..trace import storage_of, switched_off
 from ..values import Operand, behind, value_of
 from .axes import Axis, Dim, NotByRows, OwnGradient, others_in, resolved, rows_in
@@ -211,6 +211,7 @@ def _write_group(
         raise
     inside = {*region.inside, *region.pulled}
     for node, made in new:
+        in_its_place(node, made)
         node.replace_all_uses_with(made, delete_user_cb=lambda user: user not in inside and user not in builder.written)
         replaced.append((node, made))
     return builder, replaced, out.node
