@@ -22,6 +22,7 @@ ROOT = Path(__file__).parent.parent
 SOURCES = [p for folder in ("cce_fx", "passes", "kernels") for p in sorted((ROOT / folder).rglob("*.py"))]
 SAMPLES = {
     "torch.autograd:forward_ad": torch.autograd.forward_ad,
+    "torch.autograd:Function": torch.autograd.Function,
     "torch:Tensor": torch.empty(0),
     "torch:UntypedStorage": torch.empty(0).untyped_storage(),
     "torch.distributed.fsdp:FSDPState": FSDPState(),
