@@ -76,12 +76,14 @@ def apply(gm: GraphModule, policy: Policy, undo: Undo) -> tuple[Report, Trace]:
         if done:
             # Views beside the paths too, such as what a tracer saved for a backward.
             erase_unused(gm.graph, list(reversed(found.views)))
-            gm.graph.lint()
-            gm.recompile()
     for group in groups:
         with stage("joining losses", *(c.anchor for c in group)):
             early = makes_grads_in_forward(policy.strategy, "mean", group[0].view.dtype)
             shared.add(gm, {c.anchor for c in group}, found.transformed, early)
+    with stage("rewriting", *(site.candidate.anchor for site in done)):
+        if done:
+            gm.graph.lint()
+            gm.recompile()
     rows = RowPrograms()
     if policy.tiers == "all":
         with stage("row programs", output_of(gm.graph)):

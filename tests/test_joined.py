@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cce_fx
 from benchmarks.measure import peak_bytes
+from cce_fx.passes import Policy
 
 from .helpers import Watch
 
@@ -208,9 +209,9 @@ def autocast_between(m: Model, h: Tensor, y: Tensor) -> Tensor:
 
 
 ANY = [
-    feeds_the_next, weight_changed_between, weight_of_rows_changed_between, read_without_gradient_between, written_down_between, added_to_what_is_kept,
-    an_addend_changed_between, a_loss_changed_between, a_factor_changed_between, noise_between, in_checkpoints,
-    autocast_between,
+    feeds_the_next, weight_changed_between, weight_of_rows_changed_between, read_without_gradient_between,
+    written_down_between, added_to_what_is_kept, an_addend_changed_between, a_loss_changed_between,
+    a_factor_changed_between, noise_between, in_checkpoints, autocast_between,
 ]  # fmt: skip
 
 
@@ -313,11 +314,24 @@ def test_explain_tells_what_became_of_each() -> None:
     report = cce_fx.explain(Model(chunks), torch.randn(N, D), torch.randint(V, (N,)), options={"min_vocab": 0})
     assert [line.strategy for line in report.rewritten] == ["grads_in_forward"] * 3
     needed = [line.bytes_needed for line in report.rewritten]
-    assert [needed[0] - one for one in needed] == [
-        0,
-        4 * V * D,
-        4 * V * D,
-    ]  # the gradient of the weight is counted once
+    # The gradient of the weight is counted once.
+    assert [needed[0] - one for one in needed] == [0, 4 * V * D, 4 * V * D]
+
+
+def test_a_graph_module_s_code_is_that_of_its_graph() -> None:
+    model, x, y = Model(chunks), torch.randn(N, D), torch.randint(V, (N,))
+    seen: list[tuple[torch.fx.GraphModule, list[Tensor]]] = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        seen.append((gm, inputs))
+        return gm.forward
+
+    want = torch.compile(model, backend=keep)(x, y)
+    ((dynamo, inputs),) = seen
+    gm = torch.fx.GraphModule(dynamo, dynamo.graph)  # Dynamo's own writes its code when it is first run
+    cce_fx.rewrite(gm, policy=Policy(min_vocab=0, strategy="recompute"))
+    assert gm.code.count("torch.ops.cce.") == 1
+    torch.testing.assert_close(gm(*inputs)[0], want)
 
 
 def test_calls_that_differ_make_gradients_in_the_forward_each() -> None:
