@@ -287,15 +287,15 @@ def linear_cross_entropy(
     needs = None
     if strategy not in ("auto", "grads_in_forward", "recompute"):
         raise ValueError(f"strategy is 'auto', 'grads_in_forward' or 'recompute', not {strategy!r}")
-    waits = strategy == "auto" and not torch.compiler.is_compiling() and is_held([weight])
-    if torch.is_grad_enabled() and makes_grads_in_forward(strategy, reduction, low) and not waits:
+    early = torch.is_grad_enabled() and makes_grads_in_forward(strategy, reduction, low)
+    if early and not (strategy == "auto" and is_held([weight])):
         found = Needs(*(t is not None and t.requires_grad for t in (hidden, weight, bias)))
         needs = found if any(found) else None
     kernel = KernelSpec(needs, autocast=True, workspace=workspace, filter_eps=filter_bound(filter_eps, low))
     rows = hidden.reshape(math.prod(hidden.shape[:-1]), hidden.shape[-1])
     dtype = statistics_dtype(hidden.dtype)
     out, _ = site_loss(rows, weight, bias, target.reshape(-1), class_weight, weight.shape[0], dtype, loss, kernel)
-    if needs is not None and not torch.compiler.is_compiling():
+    if needs is not None:
         note(out, [weight])
     return out.view(target.shape) if reduction == "none" else out
 

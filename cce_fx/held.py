@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _MOST = 64  # nodes of autograd between a loss and its operator
@@ -19,11 +20,15 @@ _waiting: dict[int | None, weakref.ref[Any]] = {}  # nodes of autograd, by the m
 
 def is_held(weights: Iterable[Tensor]) -> bool:
     """Whether a gradient of one of some weights was noted whose backward did not run yet, or may run again."""
-    return any(_has_gradients(_waiting.get(_memory(weight))) for weight in weights)
+    return not torch.compiler.is_compiling() and any(
+        _has_gradients(_waiting.get(_memory(weight))) for weight in weights
+    )
 
 
 def note(loss: Tensor, weights: Iterable[Tensor]) -> None:
-    """Remember the gradients of some weights that a loss holds, if it made any."""
+    """Remember the gradients of some weights that a loss made in its forward, and holds."""
+    if torch.compiler.is_compiling():
+        return
     node = next((n for n in _behind(loss.grad_fn) if "with_grads" in n.name()), None)
     for key in map(_memory, weights) if node is not None else ():
         if key is not None:

@@ -35,7 +35,7 @@ from .scalar import (
     replace_flow,
 )
 from .sharded import has_sharded_head
-from .trace import Trace, storage_of, switched_off, written_between
+from .trace import Trace, nodes_between, storage_of, switched_off, written_between
 from .values import Candidate, Result, same, value_of
 
 T = TypeVar("T")
@@ -91,7 +91,7 @@ def _behind_last(
     `reads` says what each of them is made of.
     """
     last, moved = members[-1], dict[Node, None]()
-    between = _between(members[0], last)
+    between = list(nodes_between(members[0], last))
     for node in [*between, last]:
         if any(n in moved or n in members for n in node.all_input_nodes):
             if node in members:
@@ -106,20 +106,8 @@ def _behind_last(
         or written & _memory(n for m in stay for n in (m, *m.all_input_nodes))
     ):
         return None
-    if any(node in transformed or not can_move(node) for node in moved) or not _in_one_mode(
-        between, moved, last, inputs
-    ):
-        return None
-    return list(moved)
-
-
-def _between(first: Node, last: Node) -> list[Node]:
-    """The nodes from one on, up to another."""
-    found = []
-    while first is not last:
-        found.append(first)
-        first = first.next
-    return found
+    movable = all(node not in transformed and can_move(node) for node in moved)
+    return list(moved) if movable and _in_one_mode(between, moved, last, inputs) else None
 
 
 def _memory(nodes: Iterable[Node]) -> set[int | None]:
@@ -138,7 +126,8 @@ def _in_one_mode(between: Sequence[Node], moved: Collection[Node], last: Node, i
     if not any("_autocast" in getattr(node.target, "__name__", "") for node in between):
         return True
     device = next(value.device for n in inputs if isinstance(value := value_of(n), Tensor))
-    return all(autocast_at(node, device) == autocast_at(last, device) for node in moved)
+    autocast = autocast_at(last, device)
+    return all(autocast_at(node, device) == autocast for node in moved)
 
 
 @dataclass
@@ -155,10 +144,10 @@ class Joined:
         }
         joint = join(gm, list(calls), transformed)
         if joint is None:
-            self.early |= {anchor for call, anchor in calls.items() if early and _in_forward(gm, alone(call))}
+            self.early |= {anchor for call, anchor in calls.items() if early and _loss_in_forward(gm, alone(call))}
             return
         self.sharing |= set(list(calls.values())[1:])
-        if early and _in_forward(gm, joint):
+        if early and _loss_in_forward(gm, joint):
             self.early |= set(calls.values())
 
 
@@ -259,7 +248,6 @@ def _join(gm: GraphModule, calls: Sequence[Node], moved: Sequence[Node]) -> Join
         old.replace_all_uses_with(new)
     # Results stand among what is moved, being read from the calls.
     erase_unused(gm.graph, [u for call in calls for u in list(call.users)] + list(calls))
-    gm.graph.lint()
     return Joint(out.node, tuple(hidden), results, parts)
 
 
@@ -285,7 +273,7 @@ def _rows_from(x: Any, start: Any, count: Any, device: torch.device) -> Any:
     return x[start + torch.arange(count, device=device)]
 
 
-def coefficients_of(builder: Builder, joint: Joint, flow: Flow) -> tuple[Coefficients, dict[int, Any]]:
+def _coefficients_of(builder: Builder, joint: Joint, flow: Flow) -> tuple[Coefficients, dict[int, Any]]:
     """The coefficients of a flow that begins with parts of a call's results, and those (N, ...) of each result that has any.
 
     Raises `NotKnown`.
@@ -304,29 +292,22 @@ def coefficients_of(builder: Builder, joint: Joint, flow: Flow) -> tuple[Coeffic
     return known, whole
 
 
-def flow_of(gm: GraphModule, joint: Joint, begins: Sequence[Node]) -> Flow | None:
-    """How some parts of a call's results flow into one scalar, the first such, with what its coefficients are made of before the
-    call; None where they do not."""
+# Writes a call with gradients in the forward, of the coefficients (N, ...) of each result by its place: what the call returns,
+# and where in it the result stands that the call without gradients has at a place.
+WithGrads = Callable[[Builder, dict[int, Any]], tuple[Any, Callable[[int], int]]]
+
+
+def in_forward(gm: GraphModule, joint: Joint, begins: Sequence[Node], with_grads: WithGrads) -> bool:
+    """Make a call's gradients in the forward, in place, where some parts of its results flow into one scalar; whether they do."""
     flow = flow_from(gm.graph, begins) if begins else None
-    return flow if flow is not None and make_known(gm, joint.call, flow) else None
-
-
-def _in_forward(gm: GraphModule, joint: Joint) -> bool:
-    """Make a call's gradients in the forward, in place, where all of the losses flow into one scalar; whether they do."""
-    flow = flow_of(gm, joint, [n for n in joint.parts if any(has_gradient(u) for u in n.users)])
-    if flow is None:
+    if flow is None or not make_known(joint.call, flow):
         return False
-    call, builder = joint.call, Builder(gm.graph, {})
-    needs = Needs(*(isinstance(v := value_of(a), Tensor) and v.requires_grad for a in call.args[:3]))
+    builder = Builder(gm.graph, {})
     try:
-        with builder.before(call):
-            coefficients, weights = coefficients_of(builder, joint, flow)
-            nll = weights[0] if 0 in weights else torch.zeros_like(next(iter(weights.values())))
-            given = [builder.proxy(a) for a in call.args]
-            out = torch.ops.cce.linear_cross_entropy_with_grads.default(
-                *given, nll, weights.get(1), weights.get(2), *needs
-            )
-            results = {old: out[_RESULTS[n]].node for old, n in joint.results.items()}
+        with builder.before(joint.call):
+            coefficients, of_results = _coefficients_of(builder, joint, flow)
+            out, place = with_grads(builder, of_results)
+            results = {old: out[place(n)].node for old, n in joint.results.items()}
         with builder.before(flow.scalar):
             total = coefficients.with_addends(builder, out[0])
         propagate(gm, builder.written, grad=True)
@@ -334,9 +315,21 @@ def _in_forward(gm: GraphModule, joint: Joint) -> bool:
         builder.undo()
         return False
     replace_flow(gm, flow, total.node, results)
-    erase_unused(gm.graph, [*results, call])
-    gm.graph.lint()
+    erase_unused(gm.graph, [*results, joint.call])
     return True
+
+
+def _loss_in_forward(gm: GraphModule, joint: Joint) -> bool:
+    """Turn a call of `cce::linear_cross_entropy` into one with gradients in the forward, in place; whether that is possible."""
+    args = joint.call.args
+    needs = Needs(*(isinstance(v := value_of(a), Tensor) and v.requires_grad for a in args[:3]))
+
+    def with_grads(builder: Builder, weights: dict[int, Any]) -> tuple[Any, Callable[[int], int]]:
+        nll = weights[0] if 0 in weights else torch.zeros_like(next(iter(weights.values())))
+        given = (*map(builder.proxy, args), nll, weights.get(1), weights.get(2), *needs)
+        return torch.ops.cce.linear_cross_entropy_with_grads.default(*given), _RESULTS.__getitem__
+
+    return in_forward(gm, joint, [n for n in joint.parts if any(has_gradient(u) for u in n.users)], with_grads)
 
 
 # Of what the call for each token returns, where the call with gradients in the forward returns it.

@@ -22,7 +22,7 @@ from .._torch import tree_leaves
 from .canonical import CASTS, canonical, mutated_arguments
 from .fakes import propagate
 from .rewriter import Builder, erase_unused, in_its_place
-from .trace import storage_of, written_between
+from .trace import nodes_between, storage_of, written_between
 from .values import same, value_of
 
 
@@ -182,14 +182,15 @@ def flow_from(graph: Graph, begins: Sequence[Node]) -> Flow | None:
             continue
         if _is_linear(node, flowing):
             flowing.add(node)
-            if value_of(node).dim() == 0 and _all_flow_into(node, flowing, roots):
-                way = _way(node, flowing)
+            way = _way(node, flowing) if value_of(node).dim() == 0 else set()
+            if roots <= way and _leaves_only_by(node, way):
                 names = {canonical(n) for n in way}
                 return None if {"where", "masked_fill"} <= names else Flow(node, way, tuple(begins))
     return None
 
 
 def _way(scalar: Node, flowing: set[Node]) -> set[Node]:
+    """What flows into a scalar, itself among it."""
     way, stack = {scalar}, [scalar]
     while stack:
         for n in stack.pop().all_input_nodes:
@@ -199,10 +200,9 @@ def _way(scalar: Node, flowing: set[Node]) -> set[Node]:
     return way
 
 
-def _all_flow_into(scalar: Node, flowing: set[Node], roots: set[Node]) -> bool:
-    """Whether what flows has no reader with a gradient but those on the way to a scalar."""
-    way = _way(scalar, flowing)
-    return roots <= way and all(u in way or not has_gradient(u) for n in way - {scalar} for u in n.users)
+def _leaves_only_by(scalar: Node, way: set[Node]) -> bool:
+    """Whether what flows into a scalar has no other reader with a gradient."""
+    return all(u in way or not has_gradient(u) for n in way - {scalar} for u in n.users)
 
 
 def out_of_place(gm: GraphModule) -> None:
@@ -225,7 +225,7 @@ def out_of_place(gm: GraphModule) -> None:
             propagate(gm, rest, grad=any(value_of(n).requires_grad for n in chain))
 
 
-def make_known(gm: GraphModule, call: Node, flow: Flow) -> bool:
+def make_known(call: Node, flow: Flow) -> bool:
     """Move what the coefficients of a flow are made of before a call that it begins behind; whether that is possible.
 
     It is not where something between writes to what flows, or to what that is multiplied by or added to.
@@ -233,23 +233,21 @@ def make_known(gm: GraphModule, call: Node, flow: Flow) -> bool:
     read = {n for node in flow.later for n in (node, *node.all_input_nodes)}
     if written_between(read, call, flow.scalar):
         return False
-    order = {node: number for number, node in enumerate(gm.graph.nodes)}
     found: set[Node] = set()
     stack = [n for node in flow.later for n in _factors(node, flow)]
     while stack:
         node = stack.pop()
-        if node in found or order[node] <= order[call]:
+        if node in found or node <= call:
             continue
         reads = any(n in flow.nodes or n is call for n in node.all_input_nodes)
         if reads or node.op not in ("call_function", "call_method"):
             return False
         found.add(node)
         stack += node.all_input_nodes
-    if found:
-        between = [n for n in gm.graph.nodes if order[call] < order[n] < order[flow.scalar]]
-        if any(mutated_arguments(n) or not can_move(n) for n in between):
-            return False
-    for node in sorted(found, key=order.__getitem__):
+    between = nodes_between(call.next, flow.scalar)
+    if found and any(mutated_arguments(n) or not can_move(n) for n in between):
+        return False
+    for node in sorted(found):
         call.prepend(node)
     return True
 
@@ -327,8 +325,7 @@ def replace_flow(gm: GraphModule, flow: Flow, total: Node, parts: Mapping[Node, 
     flow.scalar.replace_all_uses_with(total)
     for old, new in parts.items():
         old.replace_all_uses_with(new)
-    order = {node: number for number, node in enumerate(gm.graph.nodes)}
-    way = sorted(flow.nodes, key=order.__getitem__, reverse=True)
+    way = sorted(flow.nodes, reverse=True)
     erase_unused(gm.graph, way)
     # Readers without a gradient, of losses that are told, stay; what they read has none any more.
     propagate(gm, [n for n in reversed(way) if not n._erased], grad=True)

@@ -7,7 +7,7 @@ so a loss after it sees no view, and a loss before it is unaffected.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -130,12 +130,14 @@ def storage_of(node: Node | None) -> int | None:
 def written_between(nodes: Iterable[Node], first: Node, last: Node) -> bool:
     """Whether the memory of some nodes is written to by the nodes from one on, up to another."""
     memory = {storage_of(n) for n in nodes} - {None}
-    node = first
-    while node is not last:
-        if any(storage_of(n) in memory for n in mutated_arguments(node)):
-            return True
-        node = node.next
-    return False
+    return any(storage_of(n) in memory for node in nodes_between(first, last) for n in mutated_arguments(node))
+
+
+def nodes_between(first: Node, last: Node) -> Iterator[Node]:
+    """The nodes from one on, up to another."""
+    while first is not last:
+        yield first
+        first = first.next
 
 
 def written_inputs(graph: Graph) -> list[int]:

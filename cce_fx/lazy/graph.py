@@ -35,6 +35,7 @@ from .likeliest import remember
 _CACHE_SIZE = 512
 _MOST_SIZES = 3  # lengths at which an expression that depends on its length is examined without success
 _TELLS = "cce_fx_likeliest"  # of a graph whose last result is the likeliest class of each row of the logits
+_EARLY = "cce_fx_early"  # of a graph in which a loss makes gradients in the forward
 _FIRST = (1009, 2003)  # sizes of rows are primes from these on
 
 
@@ -115,7 +116,7 @@ def run_without_logits(expression: Expression, small: bool) -> Any:
     if _TELLS in graph.meta:
         *found, top = found
         remember(expression, top)
-    if expression.grad and not how.again:
+    if _EARLY in graph.meta:
         note(found[0], weights)
     return tuple(found)
 
@@ -142,6 +143,8 @@ def _cut(expression: Expression, how: _How, first: int | None) -> GraphModule | 
         report, found = apply(gm, policy, Undo(gm))
         if not report.rewritten or behind(output_of(gm.graph)) & found.heads.keys():
             return None
+        if any(line.strategy == "grads_in_forward" for line in report.rewritten):
+            gm.meta[_EARLY] = True
         logits = None if expression.moves is None else found.views.get(writer.made[expression.moves[1]])
         top = tell_likeliest(gm, logits) if logits is not None and logits.form is Form.LOGITS else None
         if top is not None:

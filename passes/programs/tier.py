@@ -19,7 +19,7 @@ from ..canonical import canonical
 from ..decide import decide, illegal_head, least_classes, row_count
 from ..fakes import WouldGuard
 from ..faults import Undo
-from ..joined import Joint, alike, grouped, join
+from ..joined import Joint, alike, alone, grouped, join
 from ..memory import N, V, bytes_of_blocks, products_of
 from ..policy import Policy
 from ..report import Rewritten
@@ -198,14 +198,14 @@ def _cut(
         return outcome
     erase(gm, region)
     joints = _joined(gm, [call for *_, call in groups], found)
-    early: dict[Node | Joint, bool] = {}
+    early = {
+        joint: makes_grads_in_forward(policy.strategy, "mean", value_of(joint.hidden[0]).dtype)
+        and make_gradients_in_forward(gm, joint)
+        for joint in dict.fromkeys(joints.values())
+    }
     for emitted, exits, call in groups:
-        one, dtype = joints.get(call, call), region.heads[emitted.heads[0]].dtype
-        if one not in early:
-            allowed = makes_grads_in_forward(policy.strategy, "mean", dtype)
-            early[one] = allowed and make_gradients_in_forward(gm, one)
         used = {h: region.heads[h] for h in emitted.heads}
-        outcome.cuts.append(Cut(emitted, tuple(exits), used, early[one]))
+        outcome.cuts.append(Cut(emitted, tuple(exits), used, early[joints[call]]))
     gm.graph.lint()
     gm.recompile()
     outcome.within = {*region.inside, *(e.node for e in region.exits)}
@@ -213,13 +213,12 @@ def _cut(
 
 
 def _joined(gm: GraphModule, calls: list[Node], found: Trace) -> dict[Node, Joint]:
-    """What calls of programs that differ in nothing but their rows became, where they have been joined."""
-    return {
-        call: joint
-        for group in grouped(calls, alike)
-        if (joint := join(gm, group, found.transformed))
-        for call in group
-    }
+    """What calls of programs became: those that differ in nothing but their rows are joined, where they can be."""
+    joints = {}
+    for group in grouped(calls, alike):
+        joint = join(gm, group, found.transformed)
+        joints |= {call: joint or alone(call) for call in group}
+    return joints
 
 
 def _has_all(region: Region, heads: dict[Node, LogitsView], found: Trace) -> bool:
